@@ -1,0 +1,219 @@
+"""From uses and their output gradients to a few records that cover all rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.engine.layout import Layout, candidates, resolve
+from steepest.engine.records import Record, join
+from steepest.engine.tape import REFERENCE_REMEDY, Use
+from steepest.errors import CaptureError, UnsupportedModelError
+
+__all__ = ["LayoutFinder", "assemble", "output_gradients", "reached", "single_row"]
+
+
+def output_gradients(
+    rows: Tensor, uses: Sequence[Use], params: Mapping[str, Tensor], weights: Tensor | None, keep: bool
+) -> list[Tensor]:
+    """Run one backward to the outputs of the captured calls, and to nothing else.
+
+    Autograd skips every weight gradient. The parameters themselves are asked for as well: the capture cut them
+    off, so a gradient that reaches one comes from a use that the capture did not see.
+
+    Args:
+        rows: ``[R]`` with graph.
+        uses: The captured calls that the rows depend on.
+        params: The differentiated parameters by name.
+        weights: ``[R]`` to weight the rows by, or None for their sum.
+        keep: Whether the graph is needed again.
+
+    Returns:
+        One gradient for each use, of the shape of its output.
+
+    Raises:
+        UnsupportedModelError: If a parameter reaches the rows by another way.
+        CaptureError: If the graph is gone already, or was spoilt by an in-place operation.
+    """
+    total = rows.sum() if weights is None else (rows * weights.to(rows.dtype)).sum()
+    targets: list[Any] = [use.edge for use in uses]
+    try:
+        grads = torch.autograd.grad(total, [*targets, *params.values()], allow_unused=True, retain_graph=keep)
+    except RuntimeError as error:
+        translated = _explained(error)
+        raise translated from error
+    hidden = [name for name, grad in zip(params, grads[len(uses) :], strict=True) if grad is not None]
+    if hidden:
+        raise UnsupportedModelError(
+            f"Parameter {', '.join(map(repr, hidden))} reaches the rows through a call that the capture does not see "
+            "(a custom autograd.Function, a fused kernel, or a graph made before the capture). Remedy: call a "
+            f"supported layer inside `with capture:`, {REFERENCE_REMEDY}."
+        )
+    # A gradient is None where the rows depend on a use in name only, through a function that stops gradients.
+    return [
+        torch.zeros(use.sizes, dtype=rows.dtype, device=rows.device) if grad is None else grad.reshape(use.sizes)
+        for use, grad in zip(uses, grads, strict=False)
+    ]
+
+
+def reached(rows: Tensor, uses: Sequence[Use]) -> tuple[list[Use], tuple[object, ...]]:
+    """Find the uses that rows depend on, by a walk over the graph.
+
+    Args:
+        rows: ``[R]`` with graph.
+        uses: The captured calls.
+
+    Returns:
+        Those of them below ``rows``, in order, and the shape of the graph: another closure has another one.
+    """
+    wanted = {use.edge.node for use in uses}
+    root = rows.grad_fn
+    found, stack, kinds = {root}, [root], []
+    while stack:
+        node = stack.pop()
+        kinds.append(type(node))
+        for below, _ in node.next_functions if node is not None else ():
+            if below is not None and below not in found:
+                found.add(below)
+                stack.append(below)
+    below_rows = wanted & found
+    used = [use for use in uses if use.edge.node in below_rows]
+    return used, (len(rows), *kinds, *((use.function, use.names, use.sizes) for use in used))
+
+
+def _explained(error: RuntimeError) -> Exception:
+    """Translate what autograd says of a graph that cannot be walked."""
+    text = str(error)
+    if "second time" in text:
+        return CaptureError(
+            "The graph of the rows was freed: backward() ran on it before. Remedy: leave the backward to the engine, "
+            "or make the rows anew inside `with capture:`."
+        )
+    if "inplace operation" in text:
+        return CaptureError(
+            f"A tensor that the gradient needs was edited in place: {text.splitlines()[0]} Remedy: replace the "
+            "in-place operation (x += ..., relu_, out=...) by its out-of-place form."
+        )
+    if "checkpoint" in text.lower():
+        return UnsupportedModelError(
+            "Activation checkpointing in its reentrant form hides the layers. Remedy: "
+            f"torch.utils.checkpoint.checkpoint(..., use_reentrant=False), {REFERENCE_REMEDY}."
+        )
+    return error
+
+
+class LayoutFinder:
+    """Finds the layout of every use, by a probe the first time and from memory afterwards."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[Layout, ...]] = {}
+        self._probes = 0
+
+    @property
+    def probes(self) -> int:
+        """How many extra backward passes the probe has taken so far."""
+        return self._probes
+
+    def known(self, signature: tuple[object, ...]) -> tuple[Layout, ...] | None:
+        """Layouts settled before for a graph of the same shape."""
+        return self._known.get(signature)
+
+    def weights(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw the weights of two probes, from a generator of its own: the user's is untouched.
+
+        Args:
+            rows: Number of rows.
+            device: Where they lie.
+
+        Returns:
+            Two vectors of weights, each zero on the half of the rows that the other holds.
+        """
+        self._probes += 1
+        generator = torch.Generator().manual_seed(self._probes)
+        weights = 1 + torch.randperm(rows, generator=generator) / rows
+        half = torch.zeros(rows)
+        half[torch.randperm(rows, generator=generator)[: rows // 2]] = 1
+        return (weights * half).to(device), (weights * (1 - half)).to(device)
+
+    def find(
+        self,
+        uses: Sequence[Use],
+        full: Sequence[Tensor],
+        probes: Sequence[tuple[Tensor, Sequence[Tensor]]],
+        signature: tuple[object, ...],
+    ) -> tuple[Layout, ...]:
+        """Compare the gradients of every use.
+
+        Args:
+            uses: The uses that the rows depend on.
+            full: Their gradients of the sum of all rows.
+            probes: Weights of the rows, and the uses' gradients of the sum so weighted.
+            signature: Key to remember the answer by.
+
+        Returns:
+            A layout for every use.
+
+        Raises:
+            UnsupportedModelError: If rows interact in one of them.
+        """
+        layouts, settled = [], True
+        # The lowest precision and the largest gradient anywhere bound what rounding can do to any of them.
+        eps = max(torch.finfo(grads.dtype).eps for grads in full)
+        tolerance = min(64 * eps, 0.1) * torch.stack([grads.abs().amax().double() for grads in full]).amax()
+        for i, (use, whole) in enumerate(zip(uses, full, strict=True)):
+            layout, sure = resolve(whole, [(w, grads[i]) for w, grads in probes], use.num_lead, tolerance)
+            if layout is None:
+                error = _interaction(use, whole, len(probes[0][0]))
+                raise error
+            layouts.append(layout)
+            settled = settled and sure
+        if settled:
+            self._known[signature] = tuple(layouts)
+        return tuple(layouts)
+
+
+def _interaction(use: Use, grads: Tensor, rows: int) -> UnsupportedModelError:
+    """Build the error for rows that have no part of their own in a captured call."""
+    lead = tuple(grads.shape[: use.num_lead])
+    return UnsupportedModelError(
+        f"The {rows} rows cannot be told apart in {use}, whose output has leading sizes {lead}: either row n depends "
+        "on other samples there (batch statistics, a mean over the batch, a loss that compares samples), or the batch "
+        f"is not a dimension of it, or the number of rows is wrong. Remedy: make row n depend on sample n alone, "
+        f"{REFERENCE_REMEDY}."
+    )
+
+
+def single_row(uses: Sequence[Use], grads: Sequence[Tensor]) -> tuple[Layout, ...]:
+    """Layouts for one row, which everything belongs to."""
+    return tuple(next(candidates(tuple(g.shape[: u.num_lead]), 1)) for u, g in zip(uses, grads, strict=True))
+
+
+def assemble(blocks: Sequence[tuple[int, Sequence[Record]]]) -> list[Record]:
+    """Merge the records of all uses into one for each group of parameters, covering all rows.
+
+    Parameters that some record holds together belong to one group; a tied weight joins the groups of its layers.
+
+    Args:
+        blocks: For each block of rows, their number and the records of the uses.
+
+    Returns:
+        Records of disjoint groups of parameters.
+    """
+    groups: list[set[str]] = []
+    for names in dict.fromkeys(frozenset(record.names) for _, records in blocks for record in records):
+        touching = [group for group in groups if group & names]
+        groups = [group for group in groups if not group & names]
+        groups.append(set(names).union(*touching))
+    return [_assemble_group(group, blocks) for group in groups]
+
+
+def _assemble_group(group: set[str], blocks: Sequence[tuple[int, Sequence[Record]]]) -> Record:
+    parts: list[tuple[int, Record | None]] = []
+    for rows, records in blocks:
+        mine = [record for record in records if group.issuperset(record.names)]
+        parts.append((rows, join(mine, rows=False) if mine else None))
+    if len(parts) == 1 and parts[0][1] is not None:
+        return parts[0][1]
+    example = next(record for _, record in parts if record is not None)
+    return join([record if record is not None else example.zero_rows(rows) for rows, record in parts], rows=True)

@@ -1,0 +1,270 @@
+"""Record of convolutions in one, two or three dimensions, with stride, padding, dilation and groups."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steepest.engine.layout import Layout
+from steepest.engine.linear import LinearRecord, factorized_is_cheaper
+from steepest.engine.records import Record, add_outer, column_chunks, common_dtype
+from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+
+__all__ = ["ConvRecord", "ConvShape", "convolution"]
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """The arguments of a convolution.
+
+    Args:
+        weight_shape: ``[out_channels, in_channels / groups, *kernel]``.
+        pad: Zeros before and after each spatial dimension, the last dimension first, as `F.pad` takes them.
+        stride: One number for each spatial dimension.
+        dilation: Likewise.
+        groups: Number of groups.
+    """
+
+    weight_shape: torch.Size
+    pad: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve."""
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
+        out: Tensor = convolve(F.pad(x, self.pad), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return out
+
+    def weight_grad(self, x: Tensor, output_grads: Tensor) -> Tensor:
+        """Gradient in the weight, by the backend's own kernel."""
+        zeros = [0] * len(self.stride)
+        dummy = x.new_empty(1).expand(self.weight_shape)
+        _, grad, _ = torch.ops.aten.convolution_backward(
+            output_grads, F.pad(x, self.pad), dummy, None, list(self.stride), zeros, list(self.dilation), False, zeros,
+            self.groups, [False, True, False],
+        )  # fmt: skip
+        weight_grad: Tensor = grad
+        return weight_grad
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Gather what each output position sees.
+
+        Args:
+            x: ``[B, C, *spatial]``.
+
+        Returns:
+            ``[B, groups, positions, C / groups * prod(kernel)]``, ordered as the weight's trailing dimensions.
+        """
+        kernel = self.weight_shape[2:]
+        x = F.pad(x, self.pad)
+        for dim, (size, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        spatial = len(kernel)  # now [B, C, *positions, *kernel]
+        x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + spatial)
+        return x.flatten(2, 1 + spatial).flatten(3)
+
+
+class ConvRecord(Record):
+    """Inputs and output gradients of a convolution.
+
+    Args:
+        weight: Qualified name of the weight, or None if it is not differentiated.
+        bias: Qualified name of the bias, or None.
+        inputs: ``[R * m, in_channels, *spatial]``, m images to a row, a row's images adjacent.
+        output_grads: ``[R * m, out_channels, *positions]``.
+        shape: The convolution.
+        num_rows: Number of rows R.
+    """
+
+    def __init__(
+        self,
+        weight: str | None,
+        bias: str | None,
+        inputs: Tensor,
+        output_grads: Tensor,
+        shape: ConvShape,
+        num_rows: int,
+    ) -> None:
+        self._weight, self._bias, self._shape = weight, bias, shape
+        self._x, self._g = common_dtype(inputs, output_grads)
+        self._like = self._g
+        self.names = tuple(name for name in (weight, bias) if name is not None)
+        self.num_rows = num_rows
+        sizes = {weight: shape.weight_shape, bias: shape.weight_shape[:1]}
+        self.shapes = {name: sizes[name] for name in self.names}
+
+    @property
+    def _merged(self) -> int:
+        return len(self._x) // self.num_rows
+
+    def _bias_grads(self) -> Tensor:
+        return self._g.flatten(2).sum(2).view(self.num_rows, self._merged, -1).sum(1)
+
+    def _weight_grads(self, channels: slice, max_memory: int) -> Tensor:
+        """Per-sample gradients ``[R, groups, channels, features]`` of some output channels of every group."""
+        # Patches are made for as many rows at a time as max_memory allows.
+        groups, merged = self._shape.groups, self._merged
+        features = self._shape.weight_shape[1:].numel()
+        patch_bytes = merged * self._g[0, 0].numel() * groups * features * self._x.itemsize
+        # rows, groups, channels, images and positions of a row
+        g = self._g.flatten(2).unflatten(1, (groups, -1))[:, :, channels]
+        g = g.unflatten(0, (-1, merged)).permute(0, 2, 3, 1, 4).flatten(3)
+        grads: Tensor = g.new_empty(*g.shape[:3], features)
+        for rows in column_chunks(self.num_rows, patch_bytes, max_memory):
+            patches = self._shape.patches(self._x[rows.start * merged : rows.stop * merged])
+            patches = patches.unflatten(0, (-1, merged)).transpose(1, 2).flatten(2, 3)
+            torch.matmul(g[rows], patches, out=grads[rows])
+        return grads
+
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """``g_n^T patches_n``."""
+        grads = {}
+        if self._weight is not None:
+            whole = self._weight_grads(slice(None), 1 << 62)
+            grads[self._weight] = whole.reshape(self.num_rows, *self._shape.weight_shape)
+        if self._bias is not None:
+            grads[self._bias] = self._bias_grads()
+        return grads
+
+    def gram(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J J^T`` in the cheaper of the factorised and the materialised form."""
+        rows, groups = self.num_rows, self._shape.groups
+        gram = self._x.new_zeros(rows, rows, dtype=dtype)
+        if self._bias is not None:
+            add_outer(gram, self._bias_grads().to(dtype))
+        if self._weight is None:
+            return gram
+        positions = self._merged * self._g[0, 0].numel()
+        out_channels, features = self._shape.weight_shape[0], self._shape.weight_shape[1:].numel()
+        if groups == 1 and factorized_is_cheaper(rows, positions, features, out_channels):
+            patches = self._shape.patches(self._x).reshape(rows, positions, features)
+            grads = self._g.flatten(2).transpose(1, 2).reshape(rows, positions, out_channels)
+            return gram + LinearRecord("weight", None, patches, grads).gram(dtype, max_memory)
+        bytes_per_channel = rows * features * groups * (dtype.itemsize + self._x.itemsize)
+        for channels in column_chunks(out_channels // groups, bytes_per_channel, max_memory):
+            add_outer(gram, self._weight_grads(channels, max_memory).view(rows, -1).to(dtype))
+        return gram
+
+    def vjp(self, weights: Tensor) -> dict[str, Tensor]:
+        """The layer's weight gradient with weighted output gradients."""
+        w = weights.to(self._g.dtype).repeat_interleave(self._merged)
+        g = self._g * w.view(-1, *[1] * (self._g.ndim - 1))
+        grads = {}
+        if self._weight is not None:
+            grads[self._weight] = self._shape.weight_grad(self._x, g)
+        if self._bias is not None:
+            grads[self._bias] = g.flatten(2).sum((0, 2))
+        return grads
+
+    def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """Inner product of the output gradients with the convolution by ``v``."""
+        moved = self._g.new_zeros(())
+        if self._weight is not None:
+            moved = self._shape.forward(self._x, vector[self._weight].to(self._x.dtype), None)
+        if self._bias is not None:
+            bias = vector[self._bias].to(self._x.dtype)
+            moved = moved + bias.view(-1, *[1] * (self._g.ndim - 2))
+        return (moved * self._g).flatten(1).sum(1).view(self.num_rows, -1).sum(1)
+
+    def restrict(self, index: Mapping[str, Tensor]) -> Record:
+        """Keep some output channels; of a grouped convolution as explicit gradients."""
+        if self._shape.groups > 1:
+            return self.materialize().restrict(index)
+        kept = index[self.names[0]]
+        shape = replace(self._shape, weight_shape=torch.Size([len(kept), *self._shape.weight_shape[1:]]))
+        g = self._g.index_select(1, kept)
+        return ConvRecord(self._weight, self._bias, self._x, g, shape, self.num_rows)
+
+    def concat_rows(self, others: Sequence[Self]) -> Self | None:
+        """Stack rows of equal image sizes and numbers of images."""
+        parts = [self, *others]
+        if len({(p.names, p._shape, p._x.shape[1:], p._merged) for p in parts}) > 1:
+            return None
+        x, g = torch.cat([p._x for p in parts]), torch.cat([p._g for p in parts])
+        rows = sum(p.num_rows for p in parts)
+        return type(self)(self._weight, self._bias, x, g, self._shape, rows)
+
+    def concat_shared(self, other: Self) -> Self | None:
+        """A second use on images of the same size is more images to a row."""
+        if (self.names, self._shape, self._x.shape[1:]) != (other.names, other._shape, other._x.shape[1:]):
+            return None
+
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            parts = [t.unflatten(0, (self.num_rows, -1)) for t in (mine, theirs)]
+            return torch.cat(parts, 1).flatten(0, 1)
+
+        x, g = join(self._x, other._x), join(self._g, other._g)
+        return type(self)(self._weight, self._bias, x, g, self._shape, self.num_rows)
+
+
+class ConvUse(Use):
+    """A call of `F.conv1d`, `F.conv2d` or `F.conv3d`."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        name: str,
+        x: Tensor,
+        weight: Slot | None,
+        bias: Slot | None,
+        shape: ConvShape,
+        out: Tensor,
+    ) -> None:
+        slots = tuple(slot for slot in (weight, bias) if slot is not None)
+        super().__init__(tape, name, slots, out, x, num_lead=1)
+        self._weight, self._bias, self._shape = weight, bias, shape
+
+    def record(self, output_grads: Tensor, layout: Layout, rows: int) -> Record:
+        """Order the images row by row."""
+        x, g = (layout.canonical(t, 1).flatten(0, 1) for t in (self.inputs, output_grads))
+        return self._settle(ConvRecord(self._key(self._weight), self._key(self._bias), x, g, self._shape, rows))
+
+
+def convolution(
+    tape: Tape,
+    func: Any,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Rule of the convolutions; padding modes other than zeros reach them as an input padded before."""
+    w, b = tape.trained(weight), tape.trained(bias)
+    slots = [slot for slot in (w, b) if slot is not None]
+    spatial = weight.ndim - 2
+    if input.ndim < weight.ndim:
+        raise refusal(
+            function_name(func),
+            slots,
+            "its input has no batch dimension",
+            "pass the model a batch, even of one sample",
+        )
+    out: Tensor = func(input, w.leaf() if w else weight, b.leaf() if b else bias, stride, padding, dilation, groups)
+    step, spread = _spatial(stride, spatial), _spatial(dilation, spatial)
+    pad = _pads(padding, weight.shape[2:], spread)
+    shape = ConvShape(weight.shape, pad, step, spread, groups)
+    tape.uses.append(ConvUse(tape, function_name(func), input, w, b, shape, out))
+    return out
+
+
+def _spatial(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * spatial if len(sizes) == 1 else sizes
+
+
+def _pads(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Zeros before and after each spatial dimension, the last one first."""
+    if padding == "valid":
+        padding = 0
+    if isinstance(padding, str):  # "same": an odd zero goes behind, as torch does it
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple(n for total in reversed(totals) for n in (total // 2, total - total // 2))
+    return tuple(n for size in reversed(_spatial(padding, len(kernel))) for n in (size, size))

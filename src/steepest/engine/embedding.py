@@ -1,0 +1,133 @@
+"""Record of an embedding table: a linear map whose input is one-hot, so only token numbers are kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from steepest.engine.layout import Layout
+from steepest.engine.records import Record, at_least_float32, column_chunks
+from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+
+__all__ = ["EmbeddingRecord", "embedding"]
+
+
+class EmbeddingRecord(Record):
+    """Tokens and output gradients of an embedding.
+
+    Args:
+        weight: Qualified name of the table ``[num_embeddings, d]``.
+        tokens: ``[R, S]``, integers.
+        output_grads: ``[R, S, d]``, zero at padding tokens.
+        num_embeddings: Number of rows of the table.
+    """
+
+    def __init__(self, weight: str, tokens: Tensor, output_grads: Tensor, num_embeddings: int) -> None:
+        self._weight, self._tokens = weight, tokens
+        self._g = self._like = at_least_float32(output_grads)
+        self.names = (weight,)
+        self.num_rows = len(tokens)
+        self.shapes = {weight: torch.Size([num_embeddings, output_grads.shape[-1]])}
+
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """Output gradients added up token by token."""
+        grads = self._g.new_zeros(self.num_rows, *self.shapes[self._weight])
+        index = self._tokens.unsqueeze(-1).expand_as(self._g)
+        return {self._weight: grads.scatter_add_(1, index, self._g)}
+
+    def gram(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``sum_st [token_ns = token_mt] (g_ns . g_mt)``, or through explicit gradients of a small table."""
+        rows, shared = self._tokens.shape
+        if self.shapes[self._weight][0] < shared * shared:
+            return self.materialize().gram(dtype, max_memory)
+        tokens, g = self._tokens.flatten(), self._g.flatten(0, 1).to(dtype)
+        gram = g.new_empty(rows, rows)
+        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, max_memory):
+            span = slice(chunk.start * shared, chunk.stop * shared)
+            products = g[span] @ g.T
+            products *= tokens[span, None] == tokens
+            gram[chunk] = products.view(-1, shared, rows, shared).sum((1, 3))
+        return gram
+
+    def vjp(self, weights: Tensor) -> dict[str, Tensor]:
+        """One weighted scatter."""
+        g = (self._g * weights.to(self._g.dtype).view(-1, 1, 1)).flatten(0, 1)
+        out = g.new_zeros(self.shapes[self._weight])
+        return {self._weight: out.index_add_(0, self._tokens.flatten(), g)}
+
+    def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """``sum_s g_ns . v[token_ns]``."""
+        table = vector[self._weight].to(self._g.dtype)
+        return (table[self._tokens] * self._g).sum((1, 2))
+
+    def restrict(self, index: Mapping[str, Tensor]) -> "EmbeddingRecord":
+        """Keep some rows of the table: other tokens get no gradient."""
+        kept = index[self._weight]
+        position = kept.new_full((self.shapes[self._weight][0],), -1)
+        position[kept] = torch.arange(len(kept), device=kept.device)
+        tokens = position[self._tokens]
+        g = self._g * (tokens >= 0).unsqueeze(-1)
+        return EmbeddingRecord(self._weight, tokens.clamp(min=0), g, len(kept))
+
+    def concat_rows(self, others: Sequence[Self]) -> Self | None:
+        """Stack rows of equal numbers of tokens."""
+        parts = [self, *others]
+        if len({p._tokens.shape[1] for p in parts}) > 1:
+            return None
+        size = self.shapes[self._weight][0]
+        return type(self)(self._weight, torch.cat([p._tokens for p in parts]), torch.cat([p._g for p in parts]), size)
+
+    def concat_shared(self, other: Self) -> Self:
+        """A second use is more tokens."""
+        size = self.shapes[self._weight][0]
+        return type(self)(
+            self._weight, torch.cat([self._tokens, other._tokens], 1), torch.cat([self._g, other._g], 1), size
+        )
+
+
+class EmbeddingUse(Use):
+    """A call of `F.embedding`."""
+
+    def __init__(self, tape: Tape, tokens: Tensor, table: Slot, padding_idx: int | None, out: Tensor) -> None:
+        super().__init__(tape, "embedding", (table,), out, tokens, num_lead=tokens.ndim)
+        self._table, self._padding_idx = table, padding_idx
+
+    def record(self, output_grads: Tensor, layout: Layout, rows: int) -> Record:
+        """Bring tokens and output gradients to canonical layout; padding gets no gradient."""
+        tokens, g = (layout.canonical(t, self.num_lead) for t in (self.inputs, output_grads))
+        size = self._table.tensor.shape[0]
+        if self._padding_idx is not None:
+            g = g * (tokens != self._padding_idx % size).unsqueeze(-1)
+        return self._settle(EmbeddingRecord(str(self._key(self._table)), tokens, g, size))
+
+
+def embedding(
+    tape: Tape,
+    func: Any,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Rule of `F.embedding`."""
+    table = tape.trained(weight)
+    if table is None:
+        return func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if max_norm is not None or scale_grad_by_freq:
+        option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        raise refusal(
+            function_name(func),
+            [table],
+            f"{option} makes its gradient depend on the whole batch",
+            f"build the embedding without {option}",
+        )
+    constant = tape.slot(input) is not None
+    if constant and (input.ndim < 2 or len(input) == 1):  # positions, the same for every sample: no batch yet
+        return tape.derive(func(input, weight, padding_idx), [table])
+    out = func(input, table.leaf(), padding_idx, None, norm_type, False, False)
+    tape.uses.append(EmbeddingUse(tape, input, table, padding_idx, out))
+    return out

@@ -1,0 +1,109 @@
+"""Where the rows of the Jacobian lie in a captured tensor, found by a probe instead of assumed.
+
+A captured tensor has leading dimensions (batch, positions, in any order) and feature dimensions. Which of the
+leading ones carries the rows is a property of the model: dimension 0 almost always, dimension 1 inside
+`torch.nn.MultiheadAttention`, merged with the positions after a ``view(B * T, D)``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Layout", "candidates", "resolve"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to read the leading dimensions as ``[rows, shared]``.
+
+    Args:
+        dim: The leading dimension that carries the rows.
+        merged: How many entries of that dimension belong to one row (1: none merged).
+        shared_major: Whether merged entries are ordered position-first (row index fastest).
+    """
+
+    dim: int = 0
+    merged: int = 1
+    shared_major: bool = False
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """Bring the rows to the front.
+
+        Args:
+            tensor: Any tensor with this layout, ``[..., rows * merged at dim, ...]``.
+
+        Returns:
+            The same entries as ``[rows, merged, the other dimensions in their order]``.
+        """
+        moved = tensor.movedim(self.dim, 0)
+        if self.shared_major:
+            return moved.reshape(self.merged, -1, *moved.shape[1:]).transpose(0, 1)
+        return moved.reshape(-1, self.merged, *moved.shape[1:])
+
+    def canonical(self, tensor: Tensor, num_lead: int) -> Tensor:
+        """Flatten to the engine's one layout.
+
+        Args:
+            tensor: Tensor with ``num_lead`` leading dimensions, then features.
+            num_lead: How many dimensions come before the features.
+
+        Returns:
+            The same entries as ``[rows, shared, features...]``.
+        """
+        if self.dim == 0 and self.merged == 1:  # by far the most common: a view without a copy
+            return tensor.unsqueeze(1) if num_lead == 1 else tensor.flatten(1, num_lead - 1)
+        return self.split(tensor).flatten(1, num_lead)
+
+
+def candidates(lead: tuple[int, ...], rows: int) -> Iterator[Layout]:
+    """List the layouts that the sizes allow, the likeliest first.
+
+    Args:
+        lead: Sizes of the leading dimensions.
+        rows: Number of rows of the Jacobian.
+
+    Yields:
+        Each possible layout.
+    """
+    for dim, size in enumerate(lead):
+        if size == rows:
+            yield Layout(dim)
+    for dim, size in enumerate(lead):
+        if size > rows and size % rows == 0:
+            yield Layout(dim, size // rows)
+            if rows > 1:
+                yield Layout(dim, size // rows, shared_major=True)
+
+
+def resolve(
+    full: Tensor, probes: Sequence[tuple[Tensor, Tensor]], num_lead: int, tolerance: Tensor
+) -> tuple[Layout | None, bool]:
+    """Choose the layout in which row n of the output gradient depends on row n of the losses alone.
+
+    Then the gradient of ``sum_n w_n r_n`` is row by row ``w_n`` times that of ``sum_n r_n``. The zeros among the
+    weights of a probe tell even weak interaction exactly; the others differ, so that no pair of rows escapes.
+
+    Args:
+        full: Gradient of the sum of all rows.
+        probes: Weights ``[rows]`` and the gradient of the sum of the rows so weighted.
+        num_lead: How many dimensions of the gradients may carry the rows.
+        tolerance: Difference that rounding explains.
+
+    Returns:
+        The layout (None: the rows interact, or no dimension fits) and whether the probes settle it, which they
+        cannot where the gradients are zero.
+    """
+    possible = candidates(tuple(full.shape[:num_lead]), len(probes[0][0]))
+    if not tolerance.isfinite():  # nothing can be told; the optimizer refuses such a step itself
+        return next(possible, None), False
+    for layout in possible:
+        whole = layout.split(full).flatten(1)
+        if all(_agrees(whole, layout.split(probe).flatten(1), weights, tolerance) for weights, probe in probes):
+            return layout, all(bool(whole[weights == 0].any()) for weights, _ in probes)
+    return None, True
+
+
+def _agrees(whole: Tensor, probe: Tensor, weights: Tensor, tolerance: Tensor) -> bool:
+    expected = whole * weights.to(whole.dtype).unsqueeze(1)
+    return not probe[weights == 0].any() and bool((probe - expected).abs().amax() <= tolerance)

@@ -1,0 +1,179 @@
+"""Records of linear maps ``z = W x + b``, the family that carries nearly all parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from steepest.engine.layout import Layout
+from steepest.engine.records import Record, add_outer, column_chunks, common_dtype
+from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+
+__all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
+
+# Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form's skinny float64 products and the
+# reduction over positions costs this many of the materialised form's.
+_FACTORIZED_PENALTY = 1.5
+
+
+def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out: int) -> bool:
+    """Choose between the two forms of a layer's Gram by their operation counts.
+
+    Args:
+        rows: Number of rows R.
+        shared: Positions S that share the weight.
+        features_in: Input features.
+        features_out: Output features.
+
+    Returns:
+        True where ``(x_ns . x_mt)(g_ns . g_mt)`` summed over positions costs less than per-sample gradients and
+        their products.
+    """
+    factorized = rows * rows * shared * shared * (features_in + features_out + 2)
+    materialized = features_in * features_out * rows * (shared + rows)
+    return _FACTORIZED_PENALTY * factorized < materialized
+
+
+class LinearRecord(Record):
+    """Inputs and output gradients of a linear layer.
+
+    Args:
+        weight: Qualified name of the weight ``[d_out, d_in]``, or None if it is not differentiated.
+        bias: Qualified name of the bias ``[d_out]``, or None.
+        inputs: ``[R, S, d_in]``.
+        output_grads: ``[R, S, d_out]``.
+    """
+
+    def __init__(self, weight: str | None, bias: str | None, inputs: Tensor, output_grads: Tensor) -> None:
+        self._weight, self._bias = weight, bias
+        self._x, self._g = common_dtype(inputs, output_grads)
+        self._like = self._g
+        self.names = tuple(name for name in (weight, bias) if name is not None)
+        self.num_rows = len(inputs)
+        d_in, d_out = inputs.shape[-1], output_grads.shape[-1]
+        sizes = {weight: torch.Size([d_out, d_in]), bias: torch.Size([d_out])}
+        self.shapes = {name: sizes[name] for name in self.names}
+
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """``g_n^T x_n`` and ``sum_s g_ns``."""
+        grads = {}
+        if self._weight is not None:
+            grads[self._weight] = torch.bmm(self._g.transpose(1, 2), self._x)
+        if self._bias is not None:
+            grads[self._bias] = self._g.sum(1)
+        return grads
+
+    def gram(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J J^T`` in the cheaper of the factorised and the materialised form."""
+        rows, shared, d_in = self._x.shape
+        if self._weight is None:
+            g = self._g.sum(1).to(dtype)
+            return g @ g.T
+        if shared == 1:
+            x, g = self._x[:, 0].to(dtype), self._g[:, 0].to(dtype)
+            gram = x @ x.T
+            if self._bias is not None:
+                gram += 1
+            return gram.mul_(g @ g.T)
+        if factorized_is_cheaper(rows, shared, d_in, self._g.shape[-1]):
+            return self._factorized(dtype, max_memory)
+        return self._materialized(dtype, max_memory)
+
+    def _factorized(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        rows, shared, _ = self._x.shape
+        x, g = self._x.flatten(0, 1).to(dtype), self._g.flatten(0, 1).to(dtype)
+        gram = x.new_empty(rows, rows)
+        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, max_memory):
+            span = slice(chunk.start * shared, chunk.stop * shared)
+            products = x[span] @ x.T
+            if self._bias is not None:
+                products += 1
+            products *= g[span] @ g.T
+            gram[chunk] = products.view(-1, shared, rows, shared).sum((1, 3))
+        return gram
+
+    def _materialized(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        # Per-sample gradients are formed in the activations' own precision: that perturbs J itself by its
+        # rounding. Only the products of J with itself, where small singular values drown, need `dtype`.
+        rows, _, d_in = self._x.shape
+        gram = self._x.new_zeros(rows, rows, dtype=dtype)
+        bytes_per_output = rows * d_in * (dtype.itemsize + self._x.dtype.itemsize)
+        for outputs in column_chunks(self._g.shape[-1], bytes_per_output, max_memory):
+            grads = torch.bmm(self._g[:, :, outputs].transpose(1, 2), self._x)
+            add_outer(gram, grads.view(rows, -1).to(dtype))
+        if self._bias is not None:
+            add_outer(gram, self._g.sum(1).to(dtype))
+        return gram
+
+    def vjp(self, weights: Tensor) -> dict[str, Tensor]:
+        """``(diag(w) G)^T X``: one matrix product."""
+        w = weights.to(self._g.dtype).view(-1, 1, 1)
+        grads = {}
+        if self._weight is not None:
+            if self._x.shape[-1] < self._g.shape[-1]:  # weight the smaller factor
+                g, x = self._g, self._x * w
+            else:
+                g, x = self._g * w, self._x
+            grads[self._weight] = g.flatten(0, 1).T @ x.flatten(0, 1)
+        if self._bias is not None:
+            grads[self._bias] = w.view(-1) @ self._g.sum(1)
+        return grads
+
+    def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """``sum_s g_ns . (V x_ns + v_b)``."""
+        moved = self._g.new_zeros(())
+        if self._weight is not None:
+            moved = self._x @ vector[self._weight].to(self._x.dtype).T
+        if self._bias is not None:
+            moved = moved + vector[self._bias].to(self._x.dtype)
+        return (moved * self._g).sum((1, 2))
+
+    def restrict(self, index: Mapping[str, Tensor]) -> "LinearRecord":
+        """Keep some output features."""
+        return LinearRecord(self._weight, self._bias, self._x, self._g.index_select(2, index[self.names[0]]))
+
+    def concat_rows(self, others: Sequence[Self]) -> Self | None:
+        """Stack rows of equal numbers of positions."""
+        parts = [self, *others]
+        if len({(p._weight, p._bias, p._x.shape[1], p._g.shape[-1]) for p in parts}) > 1:
+            return None
+        return type(self)(self._weight, self._bias, torch.cat([p._x for p in parts]), torch.cat([p._g for p in parts]))
+
+    def concat_shared(self, other: Self) -> Self | None:
+        """A second use is more positions: cross terms come by themselves."""
+        if (self._weight, self._bias) != (other._weight, other._bias):
+            return None
+        return type(self)(
+            self._weight, self._bias, torch.cat([self._x, other._x], 1), torch.cat([self._g, other._g], 1)
+        )
+
+
+class LinearUse(Use):
+    """A call of `F.linear`."""
+
+    def __init__(self, tape: Tape, x: Tensor, weight: Slot | None, bias: Slot | None, out: Tensor) -> None:
+        slots = tuple(slot for slot in (weight, bias) if slot is not None)
+        super().__init__(tape, "linear", slots, out, x, num_lead=x.ndim - 1)
+        self._weight, self._bias = weight, bias
+
+    def record(self, output_grads: Tensor, layout: Layout, rows: int) -> Record:
+        """Bring inputs and output gradients to canonical layout."""
+        x, g = (layout.canonical(t, self.num_lead) for t in (self.inputs, output_grads))
+        return self._settle(LinearRecord(self._key(self._weight), self._key(self._bias), x, g))
+
+
+def linear(tape: Tape, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """Rule of `F.linear`."""
+    w, b = tape.trained(weight), tape.trained(bias)
+    slots = [slot for slot in (w, b) if slot is not None]
+    if input.ndim < 2:
+        raise refusal(
+            function_name(func),
+            slots,
+            "its input has no batch dimension",
+            "pass the model a batch, even of one sample",
+        )
+    out: Tensor = func(input, w.leaf() if w else weight, b.leaf() if b else bias)
+    tape.uses.append(LinearUse(tape, input, w, b, out))
+    return out

@@ -1,0 +1,204 @@
+"""What one forward and one backward leave behind for a group of parameters, in canonical layout.
+
+A record covers every row of the Jacobian for the parameters it names. All reductions are linear algebra on it:
+the product J^T w is the layer's weight gradient with weighted output gradients, never a second backward.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["MaterializedRecord", "Record", "add_outer", "at_least_float32", "column_chunks", "common_dtype", "join"]
+
+
+class Record(ABC):
+    """The rows of the Jacobian for one group of parameters.
+
+    Attributes:
+        names: Qualified names of the parameters, each in exactly one record of a Jacobian.
+        shapes: Their shapes; after `restrict`, the shapes of the kept output rows.
+        num_rows: Number of rows R.
+    """
+
+    names: tuple[str, ...]
+    shapes: dict[str, torch.Size]
+    num_rows: int
+    _like: Tensor  # of the gradients' dtype and device
+
+    @abstractmethod
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """Gradient of each row, ``[R, *shape]`` for each name."""
+
+    @abstractmethod
+    def gram(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J J^T`` of this group, ``[R, R]``, formed and accumulated in ``dtype``."""
+
+    @abstractmethod
+    def vjp(self, weights: Tensor) -> dict[str, Tensor]:
+        """``J^T w`` for ``w`` of shape ``[R]``."""
+
+    @abstractmethod
+    def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """``J v``, ``[R]``."""
+
+    @abstractmethod
+    def restrict(self, index: Mapping[str, Tensor]) -> "Record":
+        """Keep output rows (dimension 0), given by name; the same for names that are coupled."""
+
+    def coupled(self) -> tuple[tuple[str, ...], ...]:
+        """Names that share their output rows, and so the index of `restrict`."""
+        return (self.names,)
+
+    @abstractmethod
+    def concat_rows(self, others: Sequence[Self]) -> "Record | None":
+        """Stack this record over others of its type; None where their sizes do not allow it."""
+
+    @abstractmethod
+    def concat_shared(self, other: Self) -> "Record | None":
+        """Add a second use of the same parameters by the same rows; None where it cannot be."""
+
+    def materialize(self) -> "MaterializedRecord":
+        """Return the same rows as explicit per-sample gradients."""
+        return MaterializedRecord(self.per_sample_grads())
+
+    def zero_rows(self, rows: int) -> "MaterializedRecord":
+        """Return rows that do not depend on these parameters."""
+        return MaterializedRecord({n: self._like.new_zeros(rows, *shape) for n, shape in self.shapes.items()})
+
+
+class MaterializedRecord(Record):
+    """Explicit per-sample gradients: for small parameters, and for uses without a rule of their own.
+
+    Args:
+        grads: ``[R, *shape]`` for each parameter name.
+    """
+
+    def __init__(self, grads: dict[str, Tensor]) -> None:
+        self._grads = grads
+        self.names = tuple(grads)
+        self.shapes = {name: grad.shape[1:] for name, grad in grads.items()}
+        self._like = next(iter(grads.values()))
+        self.num_rows = len(self._like)
+
+    def per_sample_grads(self) -> dict[str, Tensor]:
+        """Gradient of each row."""
+        return dict(self._grads)
+
+    def gram(self, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J J^T``, a few columns at a time."""
+        gram = next(iter(self._grads.values())).new_zeros(self.num_rows, self.num_rows, dtype=dtype)
+        for grad in self._grads.values():
+            flat = grad.reshape(self.num_rows, -1)
+            for columns in column_chunks(flat.shape[1], self.num_rows * dtype.itemsize, max_memory):
+                add_outer(gram, flat[:, columns].to(dtype))
+        return gram
+
+    def vjp(self, weights: Tensor) -> dict[str, Tensor]:
+        """``J^T w`` as one product per parameter."""
+        return {
+            name: (weights.to(grad.dtype) @ grad.reshape(self.num_rows, -1)).view(self.shapes[name])
+            for name, grad in self._grads.items()
+        }
+
+    def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """``J v``."""
+        parts = [g.reshape(self.num_rows, -1) @ vector[n].reshape(-1).to(g.dtype) for n, g in self._grads.items()]
+        return torch.stack(parts).sum(0)
+
+    def restrict(self, index: Mapping[str, Tensor]) -> "MaterializedRecord":
+        """Keep some output rows; a scalar parameter is kept whole."""
+        return MaterializedRecord({
+            n: g.index_select(1, index[n]) if g.ndim > 1 and n in index else g for n, g in self._grads.items()
+        })
+
+    def coupled(self) -> tuple[tuple[str, ...], ...]:
+        """Every name for itself."""
+        return tuple((name,) for name in self.names)
+
+    def concat_rows(self, others: Sequence[Self]) -> "MaterializedRecord":
+        """Stack rows; where a part lacks a parameter its rows are zero."""
+        parts = [self, *others]
+        shapes = {n: g for part in parts for n, g in part._grads.items()}
+
+        def rows(part: MaterializedRecord, name: str) -> Tensor:
+            like = shapes[name]
+            return part._grads[name] if name in part._grads else like.new_zeros(part.num_rows, *like.shape[1:])
+
+        return MaterializedRecord({n: torch.cat([rows(part, n) for part in parts]) for n in shapes})
+
+    def concat_shared(self, other: Self) -> "MaterializedRecord":
+        """Add the gradients of two uses; a parameter that one of them lacks counts as unused there."""
+        merged = dict(self._grads)
+        for name, grad in other._grads.items():
+            merged[name] = merged[name] + grad if name in merged else grad
+        return MaterializedRecord(merged)
+
+
+def join(records: Sequence[Record], *, rows: bool) -> Record:
+    """Join records of one group of parameters: of several uses by the same rows, or of different rows.
+
+    Args:
+        records: At least one record.
+        rows: Whether to stack rows (else to add up uses).
+
+    Returns:
+        One record; with explicit gradients where the parts have no common form.
+    """
+    if len(records) == 1:
+        return records[0]
+    first, *others = records
+    if all(type(other) is type(first) for other in others):
+        joined = first.concat_rows(others) if rows else first.concat_shared(others[0])
+        if joined is not None:
+            return joined if rows or len(others) == 1 else join([joined, *others[1:]], rows=False)
+    made = [record.materialize() for record in records]
+    return join(made, rows=rows)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, others as they are."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def common_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring both halves of a record to one dtype, at least float32: autocast mixes them."""
+    dtype = torch.promote_types(torch.promote_types(inputs.dtype, output_grads.dtype), torch.float32)
+    return inputs.to(dtype), output_grads.to(dtype)
+
+
+def column_chunks(total: int, bytes_per_column: int, max_memory: int) -> Iterator[slice]:
+    """Cut ``range(total)`` so that one chunk's temporary stays within ``max_memory`` bytes (at least one column).
+
+    Args:
+        total: Number of columns.
+        bytes_per_column: Size of one column of the temporary.
+        max_memory: Bytes allowed.
+
+    Yields:
+        Slices that cover the range in order.
+    """
+    width = max(1, max_memory // max(1, bytes_per_column))
+    for start in range(0, total, width):
+        yield slice(start, min(start + width, total))
+
+
+def add_outer(gram: Tensor, matrix: Tensor) -> None:
+    """Add ``matrix @ matrix.T`` to ``gram`` in place, computing the upper block triangle only where that pays.
+
+    Args:
+        gram: ``[R, R]``.
+        matrix: ``[R, columns]`` of the same dtype.
+    """
+    rows, columns = matrix.shape
+    if rows < 64 or rows * rows * columns < 1 << 24:
+        gram.addmm_(matrix, matrix.T)
+        return
+    step = -(-rows // 4)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = matrix[start:stop] @ matrix[start:].T
+        gram[start:stop, start:] += block
+        gram[stop:, start:stop] += block[:, stop - start :].T
