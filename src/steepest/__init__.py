@@ -9,6 +9,7 @@ from steepest.errors import (
     SteepestError,
     UnsupportedModelError,
 )
+from steepest.optim import Damped, RandomizedSVD, Sven, TruncatedEigh, TruncatedSVD
 
 __version__ = "0.1.0"
 
@@ -16,11 +17,16 @@ __all__ = [
     "Capture",
     "CaptureError",
     "ClosureError",
+    "Damped",
     "InvalidOptionError",
     "Jacobian",
     "NonFiniteError",
+    "RandomizedSVD",
     "ReferenceCapture",
     "SteepestError",
+    "Sven",
+    "TruncatedEigh",
+    "TruncatedSVD",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -36,10 +36,10 @@ def output_gradients(
         UnsupportedModelError: If a parameter reaches the rows by another way.
         CaptureError: If the graph is gone already, or was spoilt by an in-place operation.
     """
-    total = rows.sum() if weights is None else (rows * weights.to(rows.dtype)).sum()
+    weighting = torch.ones_like(rows) if weights is None else weights.to(rows.dtype)
     targets: list[Any] = [use.edge for use in uses]
     try:
-        grads = torch.autograd.grad(total, [*targets, *params.values()], allow_unused=True, retain_graph=keep)
+        grads = torch.autograd.grad(rows, [*targets, *params.values()], weighting, allow_unused=True, retain_graph=keep)
     except RuntimeError as error:
         translated = _explained(error)
         raise translated from error

@@ -10,7 +10,7 @@ from torch.overrides import _get_current_function_mode_stack
 from steepest._validation import check_integer
 from steepest.engine.assembly import LayoutFinder, assemble, output_gradients, reached, single_row
 from steepest.engine.coverage import check_model
-from steepest.engine.jacobian import Jacobian, full_precision
+from steepest.engine.jacobian import Jacobian, caller_independent
 from steepest.engine.records import Record
 from steepest.engine.rules import TapeMode
 from steepest.engine.tape import REFERENCE_REMEDY, Tape
@@ -21,6 +21,10 @@ __all__ = ["Capture", "Rows", "check_rows", "named_trainable"]
 Rows = Tensor | Mapping[str, Tensor]
 
 DEFAULT_MAX_MEMORY = 1 << 28
+NO_RECORDING = (
+    "There is no recording to differentiate. Remedy: compute the rows inside `with capture:`; each recording serves "
+    "one call of jacobian()."
+)
 
 
 class Capture:
@@ -119,7 +123,7 @@ class Capture:
         """Copy and pickle the capture without a recording."""
         return {**self.__dict__, "_mode": None, "_tape": None}
 
-    @full_precision
+    @caller_independent
     def jacobian(self, rows: Rows) -> Jacobian:
         """Differentiate the rows computed inside the ``with`` block.
 
@@ -139,10 +143,7 @@ class Capture:
             raise CaptureError("The capture is still recording. Remedy: call jacobian() after the `with` block.")
         tape, self._tape = self._tape, None
         if tape is None:
-            raise CaptureError(
-                "There is no recording to differentiate. Remedy: compute the rows inside `with capture:`; "
-                "each recording serves one call of jacobian()."
-            )
+            raise CaptureError(NO_RECORDING)
         blocks = check_rows(rows)
         self._check_without_grad(tape)
         parts = []

@@ -13,19 +13,20 @@ from steepest._validation import check_choice
 from steepest.engine.records import Record
 from steepest.errors import InvalidOptionError
 
-__all__ = ["Jacobian", "full_precision"]
+__all__ = ["Jacobian", "caller_independent"]
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def full_precision(method: Callable[P, T]) -> Callable[P, T]:
-    """Run a method outside autocast, which would round its products to half precision."""
+def caller_independent(method: Callable[P, T]) -> Callable[P, T]:
+    """Run a method the same way under the caller's no_grad and autocast, which would round its products."""
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
@@ -116,7 +117,7 @@ class Jacobian:
         """Device of the rows."""
         return self._device
 
-    @full_precision
+    @caller_independent
     def per_sample_grads(self) -> dict[str, Tensor]:
         """Return the gradient of every row.
 
@@ -137,7 +138,7 @@ class Jacobian:
         grads = self.per_sample_grads()
         return torch.cat([g.reshape(self._num_rows, -1).to(dtype or g.dtype) for g in grads.values()], 1)
 
-    @full_precision
+    @caller_independent
     def gram(self, precision: Precision = "float64") -> Tensor:
         """Return ``J J^T``, summed over layers in the cheaper of two exact forms.
 
@@ -160,7 +161,7 @@ class Jacobian:
             gram += record.gram(dtype, self._max_memory)
         return gram
 
-    @full_precision
+    @caller_independent
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """Return ``J^T w``: one matrix product per layer, no second backward.
 
@@ -179,7 +180,7 @@ class Jacobian:
             )
         return self._complete([record.vjp(weights) for record in self._records], ())
 
-    @full_precision
+    @caller_independent
     def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
         """Return ``J v`` for ``v`` in parameter space.
 

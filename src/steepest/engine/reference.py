@@ -7,9 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from steepest.engine.capture import DEFAULT_MAX_MEMORY, Rows, check_rows, named_trainable
-from steepest.engine.jacobian import Jacobian
+from steepest.engine.capture import DEFAULT_MAX_MEMORY, NO_RECORDING, Rows, check_rows, named_trainable
+from steepest.engine.jacobian import Jacobian, caller_independent
 from steepest.engine.records import MaterializedRecord
+from steepest.errors import CaptureError
 
 __all__ = ["ReferenceCapture"]
 
@@ -48,6 +49,7 @@ class ReferenceCapture:
     ) -> None:
         self._params = named_trainable(model, params)
         self._max_memory = max_memory
+        self._ready = False
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -55,18 +57,21 @@ class ReferenceCapture:
         return dict(self._params)
 
     def __enter__(self) -> Self:
-        """Do nothing: there is nothing to record.
+        """Mark the beginning of the rows; there is nothing to record.
 
         Returns:
             This capture.
         """
+        self._ready = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Do nothing."""
+        """Mark the end of the rows."""
+        self._ready = kind is None
 
+    @caller_independent
     def jacobian(self, rows: Rows) -> Jacobian:
         """Differentiate the rows one by one.
 
@@ -77,8 +82,11 @@ class ReferenceCapture:
             The Jacobian of the rows in the parameters.
 
         Raises:
-            CaptureError: If the rows are no vector with a graph.
+            CaptureError: If there was no ``with`` block since the last call, or the rows are no vector with a graph.
         """
+        if not self._ready:
+            raise CaptureError(NO_RECORDING)
+        self._ready = False
         blocks = check_rows(rows)
         params = list(self._params.values())
         scalars = [value for block in blocks for value in block.unbind()]

@@ -1,0 +1,5 @@
+"""Pure tensor functions: no module, no optimizer."""
+
+from steepest.linalg.spectral import Spectrum, damped_solve, range_finder, spectral_filter, symmetric_spectrum
+
+__all__ = ["Spectrum", "damped_solve", "range_finder", "spectral_filter", "symmetric_spectrum"]

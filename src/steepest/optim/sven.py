@@ -1,0 +1,291 @@
+"""Sven: singular value descent."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steepest._validation import check_choice, check_integer, check_real
+from steepest.engine import Capture, Jacobian, ReferenceCapture, Rows, named_trainable
+from steepest.errors import ClosureError, InvalidOptionError, NonFiniteError
+from steepest.optim._apply import apply_update, check_finite, global_norm
+from steepest.optim.rows import RowKind, conditions, mean_loss
+from steepest.optim.solvers import Damped, Solution, Solver, TruncatedEigh
+
+__all__ = ["Sven", "SvenDiagnostics"]
+
+NORM_DECAY = 0.9  # of the running mean that the norm guard compares with
+
+
+@dataclass(frozen=True, eq=False)
+class SvenDiagnostics:
+    """What the last step did.
+
+    Args:
+        rows: Number of conditions R.
+        rank: Singular directions used.
+        spectrum: Singular values of J, largest first, float64; None where the solver needs none.
+        noise_floor: Relative size below which singular values are rounding.
+        update_norm: Euclidean norm of the direction d before lr, after clipping.
+        clipped: Whether the norm guard shortened it.
+        num_clipped: How many steps it has shortened so far.
+        num_skipped: How many non-finite steps were skipped so far.
+    """
+
+    rows: int
+    rank: int
+    spectrum: Tensor | None
+    noise_floor: float
+    update_norm: float
+    clipped: bool
+    num_clipped: int
+    num_skipped: int
+
+
+class Sven(Optimizer):
+    r"""Singular value descent: every sample's loss is a condition, and a step solves all of them at once.
+
+    .. math:: d = J^+ R, \qquad \theta \leftarrow (1 - \eta w)\,\theta - \eta\, d
+
+    with rows R_n of the batch, their Jacobian J (R x P) and a truncated or damped pseudo-inverse: d is the smallest
+    change of the parameters that meets the conditions to first order. J is captured layer by layer in one forward and
+    one backward and is not formed (`Capture`).
+
+    Rows are ``l ** (kappa / 2)`` of the unreduced losses, or signed residuals r where the loss is r^2
+    (``rows="residuals"``). Several kinds of conditions (equation, boundary, data) are given as a dict of named blocks.
+
+    Args:
+        model: The model, whose layers the engine must support (see `Capture`).
+        params: Which parameters to train, or parameter groups with their own ``lr`` and ``weight_decay``; all that
+            require grad by default.
+        lr: Learning rate eta, the fraction of the solution that is taken.
+        rows: What the closure returns: "losses" or "residuals".
+        kappa: Rows of losses are ``l ** (kappa / 2)``. With 2 a row is the loss itself, with 1 its root.
+        solver: How ``J d = R`` is solved; ``TruncatedEigh(rtol=1e-3)`` for losses and ``Damped(1e-2)`` for
+            residuals by default: residuals without damping follow the noise of nearly fitted samples.
+        max_norm_ratio: Norm guard: d is shortened to this multiple of its norm's running mean; None for no guard.
+            By default 3 for residuals and none for losses.
+        weight_decay: Decoupled weight decay w.
+        fraction: Random fraction of the output rows of every layer that a step changes: less memory and time.
+        samples_per_row: Losses averaged into one row (micro-batching): fewer rows, less memory and time.
+        seed: Seed of the random fraction.
+        on_nonfinite: Whether a NaN or infinite loss or update raises, or skips the step, warns and counts.
+        max_memory: Bytes for the temporaries of the Gram, see `Capture`.
+        capture: An engine made by the user, such as ``ReferenceCapture(model)``.
+
+    Raises:
+        UnsupportedModelError: If the model holds a layer without an exact rule.
+        InvalidOptionError: If an option is impossible.
+
+    Differs from the paper:
+        One forward and one backward instead of two; the Gram's spectrum instead of J's, in float64; truncation at
+        ``rtol`` rather than at a rank by default; norm guard and damping.
+
+    References:
+        Sven, arXiv 2604.01279, equations 6 to 12.
+
+    Example:
+        >>> import torch, steepest as st
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+        >>> x = torch.linspace(-1, 1, 32).unsqueeze(1)
+        >>> opt = st.Sven(model, lr=0.5, rows="residuals")
+        >>> for _ in range(30):
+        ...     loss = opt.step(lambda: (model(x) - torch.sin(3 * x)).squeeze(1))
+        >>> bool(loss < 1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 0.1,
+        rows: RowKind = "losses",
+        kappa: float = 2.0,
+        solver: Solver | None = None,
+        max_norm_ratio: float | Literal["auto"] | None = "auto",
+        weight_decay: float = 0.0,
+        fraction: float = 1.0,
+        samples_per_row: int = 1,
+        seed: int = 0,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        max_memory: int = 1 << 28,
+        capture: Capture | ReferenceCapture | None = None,
+    ) -> None:
+        check_choice("rows", rows, ("losses", "residuals"))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        self._rows: RowKind = rows
+        self._kappa = check_real("kappa", kappa, low=0, open_low=True)
+        self._solver = solver if solver is not None else (TruncatedEigh() if rows == "losses" else Damped())
+        if not isinstance(self._solver, Solver):
+            raise InvalidOptionError(
+                f"solver={solver!r}: give a solver object such as steepest.TruncatedEigh(rtol=1e-3)."
+            )
+        guard = (3.0 if rows == "residuals" else None) if max_norm_ratio == "auto" else max_norm_ratio
+        self._max_norm_ratio = None if guard is None else check_real("max_norm_ratio", guard, low=1)
+        self._fraction = check_real("fraction", fraction, low=0, high=1, open_low=True)
+        self._samples_per_row = check_integer("samples_per_row", samples_per_row, low=1)
+        if rows == "residuals" and samples_per_row > 1:
+            raise InvalidOptionError(
+                "samples_per_row > 1 with rows='residuals': signed residuals cancel in a mean. Use rows='losses'."
+            )
+        self._seed = check_integer("seed", seed, low=0)
+        self._skip = on_nonfinite == "skip"
+        self._model = model
+        self._max_memory = max_memory
+        self._capture: Capture | ReferenceCapture | None = capture
+        if params is None:
+            params = [(n, p) for n, p in named_trainable(model, None).items()]
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        if capture is None:
+            self._capture = self._make_capture()
+        self._check_capture()
+        self.diagnostics: SvenDiagnostics | None = None
+
+    def _make_capture(self) -> Capture:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return Capture(self._model, params=params, max_memory=self._max_memory)
+
+    def _check_capture(self) -> None:
+        captured = {id(p) for p in self.capture.params.values()}
+        for group in self.param_groups:
+            check_real("lr", group["lr"], low=0)
+            check_real("weight_decay", group["weight_decay"], low=0)
+            if any(id(p) not in captured for p in group["params"]):
+                raise InvalidOptionError("capture= does not cover all of params=: build it with the same parameters.")
+
+    @property
+    def capture(self) -> Capture | ReferenceCapture:
+        """The engine that differentiates the rows."""
+        if self._capture is None:
+            self._capture = self._make_capture()
+        return self._capture
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more of the model's parameters.
+
+        Args:
+            param_group: As in torch.optim.
+        """
+        super().add_param_group(param_group)
+        if hasattr(self, "diagnostics"):  # constructed: the engine must follow
+            self._capture = self._make_capture()
+            self._check_capture()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle together with the model; the engine is small and goes along."""
+        base: dict[str, Any] = super().__getstate__()
+        own = (
+            "_rows", "_kappa", "_solver", "_max_norm_ratio", "_fraction", "_samples_per_row", "_seed", "_skip",
+            "_model", "_max_memory", "_capture", "diagnostics",
+        )  # fmt: skip
+        return base | {name: self.__dict__[name] for name in own}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Rows] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Solve the conditions of one batch and move the parameters.
+
+        The step is atomic: whatever it raises, parameters and state are as they were.
+
+        Args:
+            closure: Computes and returns the unreduced losses or residuals, ``(batch,)`` or a dict of such blocks.
+                It calls no ``backward()`` and needs no ``zero_grad()``.
+
+        Returns:
+            The mean loss (of residuals the mean square), summed over blocks, before the step; None if it was skipped.
+
+        Raises:
+            ClosureError: If the closure is missing or returns something else.
+            NonFiniteError: If rows, Gram or update hold NaN or infinity and ``on_nonfinite`` is "raise".
+            UnsupportedModelError: If rows interact or a parameter is used without an exact rule.
+        """
+        if closure is None:
+            raise ClosureError(
+                "Sven.step() needs a closure that returns the unreduced losses: "
+                "opt.step(lambda: loss_fn(model(x), y)) with reduction='none'."
+            )
+        try:
+            with torch.enable_grad():
+                with self.capture:
+                    output = closure()
+                rows = conditions(output, self._rows, self._kappa, self._samples_per_row)
+            index, jacobian = self._restrict(self.capture.jacobian(rows))
+            solution = self._solver.solve(jacobian, _stack(rows))
+            norm = float(global_norm(list(solution.direction.values())))
+            scale = self._guard(norm)
+            rate = max(float(group["lr"]) for group in self.param_groups)
+            check_finite(norm * max(rate, 1.0), "The norm of the update", "lower lr, or use steepest.Damped")
+        except NonFiniteError as error:
+            if not self._skip:
+                raise
+            self._memory["num_skipped"] += 1
+            warnings.warn(f"Step skipped: {error}", RuntimeWarning, stacklevel=3)
+            return None
+        self._apply(solution, scale, index)
+        self._remember(solution, jacobian.num_rows, norm, scale)
+        return mean_loss(output, self._rows)
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        """State of the optimizer as a whole; kept with the first parameter, as in torch.optim.LBFGS."""
+        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        if not state:
+            state.update(step=0, norm_mean=0.0, num_clipped=0, num_skipped=0)
+        return state
+
+    def _restrict(self, jacobian: Jacobian) -> tuple[dict[str, Tensor], Jacobian]:
+        """Choose this step's random output rows; the choice follows from seed and step, so a resumed run repeats it."""
+        if self._fraction == 1:
+            return {}, jacobian
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._memory["step"])
+        index = jacobian.sample_outputs(self._fraction, generator)
+        return index, jacobian.restrict(index)
+
+    def _guard(self, norm: float) -> float:
+        """Factor that keeps the update's norm within a multiple of its running mean."""
+        memory = self._memory
+        if self._max_norm_ratio is None or memory["step"] == 0:
+            return 1.0
+        limit = self._max_norm_ratio * memory["norm_mean"] / (1 - NORM_DECAY ** memory["step"])
+        return limit / norm if norm > limit else 1.0
+
+    def _apply(self, solution: Solution, scale: float, index: Mapping[str, Tensor]) -> None:
+        names = {id(p): name for name, p in self.capture.params.items()}
+        for group in self.param_groups:
+            params = group["params"]
+            updates = [_widen(solution.direction[names[id(p)]], p, index.get(names[id(p)])) for p in params]
+            apply_update(params, updates, lr=group["lr"], scale=scale, weight_decay=group["weight_decay"])
+
+    def _remember(self, solution: Solution, rows: int, norm: float, scale: float) -> None:
+        memory = self._memory
+        memory["step"] += 1
+        memory["norm_mean"] = NORM_DECAY * memory["norm_mean"] + (1 - NORM_DECAY) * norm * scale
+        memory["num_clipped"] += scale < 1
+        self.diagnostics = SvenDiagnostics(
+            rows=rows,
+            rank=solution.rank,
+            spectrum=solution.spectrum,
+            noise_floor=solution.noise_floor,
+            update_norm=norm * scale,
+            clipped=scale < 1,
+            num_clipped=memory["num_clipped"],
+            num_skipped=memory["num_skipped"],
+        )
+
+
+def _widen(update: Tensor, param: Tensor, index: Tensor | None) -> Tensor:
+    """Put the update of some output rows into zeros of the parameter's shape."""
+    if index is None or param.ndim == 0:
+        return update
+    return torch.zeros_like(param).index_copy_(0, index, update)
+
+
+def _stack(rows: Rows) -> Tensor:
+    blocks = rows.values() if isinstance(rows, Mapping) else [rows]
+    return torch.cat([block.detach() for block in blocks])
