@@ -120,8 +120,8 @@ class Capture:
             self._tape = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the capture without a recording."""
-        return {**self.__dict__, "_mode": None, "_tape": None}
+        """Copy and pickle the capture without a recording, and without what it learnt of graphs."""
+        return {**self.__dict__, "_mode": None, "_tape": None, "_finder": LayoutFinder()}
 
     @caller_independent
     def jacobian(self, rows: Rows) -> Jacobian:

@@ -1,0 +1,207 @@
+"""What every optimizer of the library owes torch.optim, from one table."""
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import steepest as st
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to build an optimizer and to take a step with it."""
+
+    name: str
+    make: Callable[..., Optimizer]
+    output: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x).squeeze(1) - y).square()
+
+
+def residuals(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x).squeeze(1) - y
+
+
+OPTIMIZERS = [
+    Entry("sven", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o), losses),
+    Entry("sven_residuals", lambda model, **o: st.Sven(model, **{"lr": 0.3} | o, rows="residuals"), residuals),
+    Entry("sven_fraction", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, fraction=0.5, seed=3), losses),
+    Entry("sven_guard", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, max_norm_ratio=1.0), losses),
+    Entry(
+        "sven_reference",
+        lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, capture=st.ReferenceCapture(model)),
+        losses,
+    ),
+]
+each = pytest.mark.parametrize("entry", OPTIMIZERS, ids=lambda entry: entry.name)
+
+
+def problem(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1))
+    x = torch.randn(16, 3)
+    return model, x, (x * torch.tensor([1.0, -2.0, 0.5])).sum(1).sin()
+
+
+def snapshot(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def run(entry: Entry, model: nn.Module, opt: Optimizer, x: Tensor, y: Tensor, steps: int) -> list[float]:
+    return [float(opt.step(lambda: entry.output(model, x, y))) for _ in range(steps)]
+
+
+@each
+def test_it_trains_and_returns_the_loss_before_the_step(entry: Entry) -> None:
+    model, x, y = problem()
+    expected = float(losses(model, x, y).mean().detach())
+    history = run(entry, model, entry.make(model), x, y, 40)
+    assert history[0] == pytest.approx(expected, rel=1e-6)
+    assert history[-1] < 0.5 * history[0]
+
+
+@each
+def test_it_is_deterministic_and_leaves_the_global_generator_alone(entry: Entry) -> None:
+    results = []
+    for _ in range(2):
+        model, x, y = problem()
+        opt = entry.make(model)
+        state = torch.get_rng_state()
+        run(entry, model, opt, x, y, 4)
+        assert torch.equal(state, torch.get_rng_state())
+        results.append(snapshot(model))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@each
+@pytest.mark.parametrize("how", ["state_dict", "torch.save", "deepcopy", "pickle"])
+def test_a_resumed_run_continues_bit_identically(entry: Entry, how: str) -> None:
+    model, x, y = problem()
+    opt = entry.make(model)
+    run(entry, model, opt, x, y, 5)
+    if how == "deepcopy":
+        other, resumed = copy.deepcopy((model, opt))
+    elif how == "pickle":
+        other, resumed = pickle.loads(pickle.dumps((model, opt)))
+    else:
+        other, _, _ = problem(seed=9)
+        resumed = entry.make(other)
+        saved = {"model": model.state_dict(), "opt": opt.state_dict()}
+        if how == "torch.save":
+            buffer = io.BytesIO()
+            torch.save(saved, buffer)
+            buffer.seek(0)
+            saved = torch.load(buffer, weights_only=True)
+        other.load_state_dict(saved["model"])
+        resumed.load_state_dict(saved["opt"])
+    assert all(a is not b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert run(entry, model, opt, x, y, 5) == run(entry, other, resumed, x, y, 5)
+    for a, b in zip(snapshot(model), snapshot(other), strict=True):
+        assert torch.equal(a, b)
+
+
+@each
+def test_lr_schedulers_step_hooks_and_groups(entry: Entry) -> None:
+    model, x, y = problem()
+    groups = [{"params": list(model[0].parameters()), "lr": 0.0}, {"params": list(model[2].parameters())}]
+    opt = entry.make(model, params=groups)
+    scheduler = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.5, total_iters=2)
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    before = snapshot(model)
+    run(entry, model, opt, x, y, 1)
+    scheduler.step()
+    after = snapshot(model)
+    assert torch.equal(before[0], after[0])  # lr 0
+    assert not torch.equal(before[2], after[2])
+    assert seen == ["pre", "post"]
+    assert scheduler.get_last_lr()[1] == pytest.approx(0.75 * opt.defaults["lr"])
+
+
+@each
+def test_weight_decay_is_decoupled(entry: Entry) -> None:
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    run(entry, model, entry.make(model, lr=0.1), x, y, 1)
+    run(entry, twin, entry.make(twin, lr=0.1, weight_decay=0.5), x, y, 1)
+    start, _, _ = problem()
+    for plain, decayed, old in zip(snapshot(model), snapshot(twin), snapshot(start), strict=True):
+        torch.testing.assert_close(decayed, plain - 0.05 * old, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_a_tensor_lr_is_a_number(entry: Entry) -> None:
+    model, x, y = problem()
+    twin = copy.deepcopy(model)
+    run(entry, model, entry.make(model, lr=0.25), x, y, 3)
+    run(entry, twin, entry.make(twin, lr=torch.tensor(0.25)), x, y, 3)
+    for a, b in zip(snapshot(model), snapshot(twin), strict=True):
+        assert torch.equal(a, b)
+
+
+@each
+def test_parameters_outside_params_stay(entry: Entry) -> None:
+    model, x, y = problem()
+    opt = entry.make(model, params=model[2].parameters()) if "reference" not in entry.name else None
+    if opt is None:
+        opt = st.Sven(
+            model, params=model[2].parameters(), capture=st.ReferenceCapture(model, params=model[2].parameters())
+        )
+    before = snapshot(model)
+    run(entry, model, opt, x, y, 2)
+    after = snapshot(model)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[2], after[2])
+    assert all(p.grad is None for p in model.parameters())
+
+
+@each
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_step_changes_nothing(entry: Entry, bad: float) -> None:
+    model, x, y = problem()
+    opt = entry.make(model)
+    run(entry, model, opt, x, y, 2)
+    before, state = snapshot(model), copy.deepcopy(opt.state_dict())
+    poisoned = y.clone()
+    poisoned[3] = bad
+    with pytest.raises(st.NonFiniteError, match="unchanged"):
+        run(entry, model, opt, x, poisoned, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
+    assert opt.state_dict()["state"] == state["state"]
+    run(entry, model, opt, x, y, 1)  # and the next step is a good one
+
+
+@each
+def test_non_finite_steps_are_skipped_and_counted_on_request(entry: Entry) -> None:
+    model, x, y = problem()
+    opt = entry.make(model, on_nonfinite="skip")
+    run(entry, model, opt, x, y, 1)
+    before = snapshot(model)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        assert opt.step(lambda: entry.output(model, x, y * torch.nan)) is None
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(entry, model, opt, x, y, 1)
+    assert opt.diagnostics.num_skipped == 1
+
+
+@each
+def test_named_parameters_and_repr(entry: Entry) -> None:
+    model, _, _ = problem()
+    opt = entry.make(model)
+    assert opt.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    assert "lr" in repr(opt)

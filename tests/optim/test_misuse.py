@@ -1,0 +1,166 @@
+"""Every misuse of Sven gets one clear message, and nothing changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import steepest as st
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+X, Y = torch.ones(3, 2), torch.tensor([0.0, 1.0, 2.0])
+Closure = Callable[[nn.Module], Any]
+
+
+def squared(model: nn.Module) -> torch.Tensor:
+    return (model(X).squeeze(1) - Y).square()
+
+
+def with_backward(model: nn.Module) -> torch.Tensor:
+    losses = squared(model)
+    losses.mean().backward()
+    return losses
+
+
+CLOSURES: dict[str, tuple[Closure, type[Exception], str]] = {
+    "scalar": (lambda m: squared(m).mean(), st.ClosureError, "reduction='none'"),
+    "python_number": (lambda m: squared(m).mean().item(), st.ClosureError, "float"),
+    "nothing": (lambda m: None, st.ClosureError, "NoneType"),
+    "matrix": (lambda m: (m(X) - Y).square(), st.ClosureError, r"\(3, 3\)"),
+    "empty": (lambda m: squared(m)[:0], st.ClosureError, r"\(0,\)"),
+    "empty_dict": (lambda m: {}, st.ClosureError, "empty dict"),
+    "bad_block": (lambda m: {"pde": squared(m), "wall": squared(m).mean()}, st.ClosureError, "'wall'"),
+    "detached": (lambda m: squared(m).detach(), st.ClosureError, "no graph"),
+    "no_grad": (lambda m: torch.no_grad()(squared)(m), st.ClosureError, "no graph"),
+    "backward": (with_backward, st.CaptureError, "backward"),
+    "other_model": (lambda m: squared(small()), st.CaptureError, "captured model"),
+    "wrong_length": (lambda m: squared(m).repeat(2)[:5], st.UnsupportedModelError, "5 rows"),
+    "interacting": (lambda m: squared(m) - squared(m).mean(), st.UnsupportedModelError, "rows cannot be told apart"),
+    "nan": (lambda m: squared(m) * torch.nan, st.NonFiniteError, "3 of 3"),
+}
+
+
+@pytest.mark.parametrize("case", CLOSURES, ids=str)
+def test_closures(case: str) -> None:
+    closure, error, message = CLOSURES[case]
+    model = small()
+    opt = st.Sven(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        opt.step(lambda: closure(model))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert opt.state_dict()["state"] in ({}, {0: {"step": 0, "norm_mean": 0.0, "num_clipped": 0, "num_skipped": 0}})
+    assert float(opt.step(lambda: squared(model))) > 0
+
+
+def test_a_missing_closure_is_told() -> None:
+    with pytest.raises(st.ClosureError, match="needs a closure"):
+        st.Sven(small()).step()
+
+
+def test_an_error_of_the_closure_itself_passes_through() -> None:
+    model = small()
+    opt = st.Sven(model)
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+    assert float(opt.step(lambda: squared(model))) > 0
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr=-1.0"),
+    ({"lr": float("nan")}, "lr=nan"),
+    ({"lr": "fast"}, "lr='fast'"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"rows": "loss"}, "'residuals'"),
+    ({"kappa": 0.0}, "kappa"),
+    ({"solver": "eigh"}, "TruncatedEigh"),
+    ({"max_norm_ratio": 0.5}, "max_norm_ratio"),
+    ({"fraction": 0.0}, "fraction"),
+    ({"fraction": 1.5}, "fraction"),
+    ({"samples_per_row": 0}, "samples_per_row"),
+    ({"samples_per_row": 2, "rows": "residuals"}, "cancel"),
+    ({"on_nonfinite": "ignore"}, "on_nonfinite"),
+    ({"max_memory": 0}, "max_memory"),
+    ({"params": [torch.zeros(2, requires_grad=True)]}, "no trainable parameters of"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(st.InvalidOptionError, match=message):
+        st.Sven(small(), **options)
+
+
+def test_a_parameter_list_instead_of_a_model() -> None:
+    with pytest.raises(st.InvalidOptionError, match="pass the model itself"):
+        st.Sven(small().parameters())
+
+
+SOLVERS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: st.TruncatedEigh(rank=0), "rank=0"),
+    (lambda: st.TruncatedEigh(rtol=1.0), "rtol=1.0"),
+    (lambda: st.TruncatedEigh(exponent=-1), "exponent"),
+    (lambda: st.TruncatedEigh(form="both"), "form='both'"),
+    (lambda: st.TruncatedEigh(precision="float16"), "precision"),
+    (lambda: st.TruncatedSVD(rank=1.5), "rank=1.5"),
+    (lambda: st.RandomizedSVD(rank=None), "rank=None"),
+    (lambda: st.RandomizedSVD(rank=2, oversampling=-1), "oversampling"),
+    (lambda: st.Damped(0.0), "damping=0.0"),
+    (lambda: st.Damped(1e-2, relative_to="median"), "relative_to"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), SOLVERS, ids=[message for _, message in SOLVERS])
+def test_solver_options(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(st.InvalidOptionError, match=message):
+        make()
+
+
+def test_samples_per_row_needs_whole_rows() -> None:
+    model = small()
+    with pytest.raises(st.ClosureError, match="no multiple of samples_per_row=2"):
+        st.Sven(model, samples_per_row=2).step(lambda: squared(model))
+
+
+def test_negative_losses_have_no_root() -> None:
+    model = small()
+    with pytest.raises(st.ClosureError, match="negative losses"):
+        st.Sven(model, kappa=1.0).step(lambda: model(X).squeeze(1) - 5)
+
+
+def test_an_update_that_overflows_is_refused() -> None:
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = st.Sven(model, lr=1e38)
+    with pytest.raises(st.NonFiniteError, match="norm of the update"):
+        opt.step(lambda: squared(model) * 1e-30 + 1e30)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_groups_added_later_are_trained() -> None:
+    model = small()
+    opt = st.Sven(model, params=model[2].parameters())
+    opt.add_param_group({"params": list(model[0].parameters())})
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step(lambda: squared(model))
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_guard_shortens_a_leap() -> None:
+    model = small()
+    opt = st.Sven(model, lr=0.01, rows="residuals", max_norm_ratio=2.0)
+    for _ in range(5):
+        opt.step(lambda: model(X).squeeze(1) - Y)
+    assert opt.diagnostics is not None
+    usual = opt.diagnostics.update_norm
+    opt.step(lambda: (model(X).squeeze(1) - Y) + 1e3)
+    assert opt.diagnostics.clipped
+    assert opt.diagnostics.num_clipped == 1
+    assert opt.diagnostics.update_norm < 3 * usual
