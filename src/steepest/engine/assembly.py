@@ -47,8 +47,9 @@ def output_gradients(
     if hidden:
         raise UnsupportedModelError(
             f"Parameter {', '.join(map(repr, hidden))} reaches the rows through a call that the capture does not see "
-            "(a custom autograd.Function, a fused kernel, or a graph made before the capture). Remedy: call a "
-            f"supported layer inside `with capture:`, {REFERENCE_REMEDY}."
+            "(a custom autograd.Function, a fused kernel, a graph made before the capture, or a layer fed with a "
+            "buffer instead of the batch). Remedy: call supported layers on the batch inside `with capture:`, "
+            f"{REFERENCE_REMEDY}."
         )
     # A gradient is None where the rows depend on a use in name only, through a function that stops gradients.
     return [
@@ -104,10 +105,17 @@ def _explained(error: RuntimeError) -> Exception:
 
 
 class LayoutFinder:
-    """Finds the layout of every use, by a probe the first time and from memory afterwards."""
+    """Finds the layout of every use by a probe, and remembers it for graphs of the same shape.
 
-    def __init__(self) -> None:
+    Args:
+        every: How often a graph seen before is probed again: at its 1st, 2nd, 4th, 8th, ... batch and at every
+            multiple of this.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
         self._known: dict[tuple[object, ...], tuple[Layout, ...]] = {}
+        self._seen: dict[tuple[object, ...], int] = {}
         self._probes = 0
 
     @property
@@ -116,8 +124,10 @@ class LayoutFinder:
         return self._probes
 
     def known(self, signature: tuple[object, ...]) -> tuple[Layout, ...] | None:
-        """Layouts settled before for a graph of the same shape."""
-        return self._known.get(signature)
+        """Layouts settled before for a graph of the same shape; None when they are to be probed."""
+        seen = self._seen[signature] = self._seen.get(signature, 0) + 1
+        due = seen % self.every == 0 or seen & (seen - 1) == 0
+        return None if due else self._known.get(signature)
 
     def weights(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw the weights of two probes, from a generator of its own: the user's is untouched.

@@ -41,14 +41,17 @@ class Capture:
     terms; autocast; activation checkpointing with use_reentrant=False.
     Everything else is refused by qualified name: at construction where the module tells, in `jacobian` otherwise.
 
-    The first batch of every new shape takes a second backward, the independence probe: it finds which dimension of
-    each captured tensor carries the rows, and refuses models in which rows depend on each other.
+    The independence probe, two more backwards, finds which dimension of each captured tensor carries the rows, and
+    refuses models in which rows depend on each other. It runs on the first batch of every new graph, on its 2nd, 4th,
+    8th, ... batch and on every ``probe_every``-th: an interaction that begins later, in numbers alone and not in the
+    graph, is found at the next probe.
 
     Args:
         model: The module to record. It stays as it is.
         params: The parameters to differentiate; all that require grad by default.
         max_memory: Bytes that the products inside `Jacobian.gram` may take at a time, beside what is recorded and its
             float64 copy (the smallest step, one output channel, may exceed it).
+        probe_every: Period of the independence probe; 1 probes every batch, at three times the backward's cost.
 
     Raises:
         UnsupportedModelError: If the model holds a layer without an exact rule, or nothing to train.
@@ -75,12 +78,13 @@ class Capture:
         *,
         params: Iterable[Tensor] | None = None,
         max_memory: int = DEFAULT_MAX_MEMORY,
+        probe_every: int = 256,
     ) -> None:
         self._params = named_trainable(model, params)
         self._model = model
         self._max_memory = check_integer("max_memory", max_memory, low=1)
         check_model(model, self._params)
-        self._finder = LayoutFinder()
+        self._finder = LayoutFinder(check_integer("probe_every", probe_every, low=1))
         self._mode: TapeMode | None = None
         self._tape: Tape | None = None
 
@@ -121,7 +125,7 @@ class Capture:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the capture without a recording, and without what it learnt of graphs."""
-        return {**self.__dict__, "_mode": None, "_tape": None, "_finder": LayoutFinder()}
+        return {**self.__dict__, "_mode": None, "_tape": None, "_finder": LayoutFinder(self._finder.every)}
 
     @caller_independent
     def jacobian(self, rows: Rows) -> Jacobian:

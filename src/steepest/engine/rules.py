@@ -34,8 +34,6 @@ RULES: dict[Any, Rule] = {
 BACKWARD = (Tensor.backward, torch.autograd.grad)
 # batch_norm mixes samples even without parameters of its own
 ALWAYS = frozenset([F.batch_norm, *BACKWARD])
-# what they make is a constant, the same for every sample: position numbers above all
-POSITIONS = frozenset([torch.arange, torch.linspace])
 
 
 def _open(function: types.FunctionType) -> types.FunctionType:
@@ -67,7 +65,8 @@ class TapeMode(TorchFunctionMode):
         slots = self._tape.slots_in(args, kwargs)
         if not slots and func not in ALWAYS:
             out = func(*args, **kwargs)
-            return self._tape.derive(out, slots) if func in POSITIONS else out
+            # Position numbers are a constant, the same for every sample.
+            return self._tape.derive(out, slots) if func is torch.arange and not out.is_floating_point() else out
         return self._dispatch(func, slots, args, kwargs)
 
     def _dispatch(self, func: Any, slots: list[Slot], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -115,6 +114,8 @@ class TapeMode(TorchFunctionMode):
         name = function_name(func)
         if func in RULES:
             return RULES[func](self._tape, func, *args, **kwargs)
+        if name == "__getitem__" and len(slots) == 1 and isinstance(args[1], Tensor) and args[0].ndim == 2:
+            return embedding.embedding(self._tape, F.embedding, args[1], args[0])
         if name in bare.ELEMENTWISE:
             return bare.elementwise(self._tape, func, args, kwargs)
         if name in bare.JOINING:
