@@ -139,7 +139,7 @@ def test_an_update_that_overflows_is_refused() -> None:
     model = small()
     before = [p.detach().clone() for p in model.parameters()]
     opt = st.Sven(model, lr=1e38)
-    with pytest.raises(st.NonFiniteError, match="norm of the update"):
+    with pytest.raises(st.NonFiniteError, match="The update reaches"):
         opt.step(lambda: squared(model) * 1e-30 + 1e30)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

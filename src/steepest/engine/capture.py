@@ -84,6 +84,7 @@ class Capture:
         self._model = model
         self._max_memory = check_integer("max_memory", max_memory, low=1)
         check_model(model, self._params)
+        self._buffered = [(path, module) for path, module in model.named_modules() if module._buffers]
         self._finder = LayoutFinder(check_integer("probe_every", probe_every, low=1))
         self._mode: TapeMode | None = None
         self._tape: Tape | None = None
@@ -108,7 +109,8 @@ class Capture:
         """
         if any(isinstance(mode, TapeMode) for mode in _get_current_function_mode_stack()):
             raise CaptureError("A capture is recording already. Remedy: leave its `with` block first.")
-        self._tape = Tape(self._params, dict(self._model.named_buffers()))
+        buffers = {f"{path}.{name}": b for path, module in self._buffered for name, b in module._buffers.items()}
+        self._tape = Tape(self._params, {name: b for name, b in buffers.items() if b is not None})
         self._mode = TapeMode(self._tape)
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self

@@ -174,11 +174,31 @@ class Jacobian:
         Raises:
             InvalidOptionError: If ``weights`` has another shape.
         """
+        self._check_weights(weights)
+        return self._complete([record.vjp(weights) for record in self._records], ())
+
+    @caller_independent
+    def add_vjp_(self, targets: Mapping[str, Tensor], weights: Tensor, alphas: Mapping[str, float]) -> None:
+        """Add ``alpha J^T w`` to tensors in place, most of it with no temporary of their size.
+
+        Args:
+            targets: The tensor to change for each parameter that the rows use, such as the parameter itself.
+            weights: ``[R]``.
+            alphas: A factor for each parameter.
+
+        Raises:
+            InvalidOptionError: If ``weights`` has another shape.
+        """
+        self._check_weights(weights)
+        with torch.no_grad():
+            for record in self._records:
+                record.add_vjp_(targets, weights, alphas)
+
+    def _check_weights(self, weights: Tensor) -> None:
         if weights.shape != (self._num_rows,):
             raise InvalidOptionError(
                 f"vjp weights have shape {tuple(weights.shape)}: give one number for each of the {self._num_rows} rows."
             )
-        return self._complete([record.vjp(weights) for record in self._records], ())
 
     @caller_independent
     def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steepest.engine.layout import Layout
-from steepest.engine.records import Record, add_outer, column_chunks, common_dtype
+from steepest.engine.records import Record, add_outer, column_chunks, common_dtype, outer
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
@@ -72,10 +72,10 @@ class LinearRecord(Record):
             return g @ g.T
         if shared == 1:
             x, g = self._x[:, 0].to(dtype), self._g[:, 0].to(dtype)
-            gram = x @ x.T
+            gram = outer(x)
             if self._bias is not None:
                 gram += 1
-            return gram.mul_(g @ g.T)
+            return gram.mul_(outer(g))
         if factorized_is_cheaper(rows, shared, d_in, self._g.shape[-1]):
             return self._factorized(dtype, max_memory)
         return self._materialized(dtype, max_memory)
@@ -108,17 +108,27 @@ class LinearRecord(Record):
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """``(diag(w) G)^T X``: one matrix product."""
-        w = weights.to(self._g.dtype).view(-1, 1, 1)
-        grads = {}
-        if self._weight is not None:
-            if self._x.shape[-1] < self._g.shape[-1]:  # weight the smaller factor
-                g, x = self._g, self._x * w
-            else:
-                g, x = self._g * w, self._x
-            grads[self._weight] = g.flatten(0, 1).T @ x.flatten(0, 1)
-        if self._bias is not None:
-            grads[self._bias] = w.view(-1) @ self._g.sum(1)
+        grads = {name: self._g.new_zeros(shape) for name, shape in self.shapes.items()}
+        self.add_vjp_(grads, weights, dict.fromkeys(self.names, 1.0))
         return grads
+
+    def add_vjp_(self, targets: Mapping[str, Tensor], weights: Tensor, alphas: Mapping[str, float]) -> None:
+        """The same product, accumulated where it is wanted."""
+        if any(targets[name].dtype != self._g.dtype for name in self.names):
+            super().add_vjp_(targets, weights, alphas)
+            return
+        w = weights.to(self._g.dtype)
+        if self._weight is not None:
+            x, g = self._x, self._g
+            if x.shape[-1] < g.shape[-1]:  # weight the smaller factor
+                x = x * w.view(-1, 1, 1)
+            else:
+                g = g * w.view(-1, 1, 1)
+            x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+            targets[self._weight].addmm_(g.T, x, alpha=alphas[self._weight])
+        if self._bias is not None:
+            g = self._g[:, 0] if self._g.shape[1] == 1 else self._g.sum(1)
+            targets[self._bias].addmv_(g.T, w, alpha=alphas[self._bias])
 
     def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
         """``sum_s g_ns . (V x_ns + v_b)``."""

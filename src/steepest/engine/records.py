@@ -11,7 +11,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["MaterializedRecord", "Record", "add_outer", "at_least_float32", "column_chunks", "common_dtype", "join"]
+__all__ = [
+    "MaterializedRecord",
+    "Record",
+    "add_outer",
+    "at_least_float32",
+    "column_chunks",
+    "common_dtype",
+    "join",
+    "outer",
+]
+
+CHUNK_BYTES = 1 << 24
 
 
 class Record(ABC):
@@ -39,6 +50,11 @@ class Record(ABC):
     @abstractmethod
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """``J^T w`` for ``w`` of shape ``[R]``."""
+
+    def add_vjp_(self, targets: Mapping[str, Tensor], weights: Tensor, alphas: Mapping[str, float]) -> None:
+        """Add ``alpha J^T w`` to tensors in place."""
+        for name, product in self.vjp(weights).items():
+            targets[name].add_(product, alpha=alphas[name])
 
     @abstractmethod
     def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
@@ -180,20 +196,21 @@ def column_chunks(total: int, bytes_per_column: int, max_memory: int) -> Iterato
     Yields:
         Slices that cover the range in order.
     """
-    width = max(1, max_memory // max(1, bytes_per_column))
+    # Chunks beyond the cache gain nothing, and large allocations cost page faults each time anew.
+    width = max(1, min(max_memory, CHUNK_BYTES) // max(1, bytes_per_column))
     for start in range(0, total, width):
         yield slice(start, min(start + width, total))
 
 
 def add_outer(gram: Tensor, matrix: Tensor) -> None:
-    """Add ``matrix @ matrix.T`` to ``gram`` in place, computing the upper block triangle only where that pays.
+    """Add ``matrix @ matrix.T`` to ``gram`` in place, computing only the upper block triangle where that pays.
 
     Args:
         gram: ``[R, R]``.
         matrix: ``[R, columns]`` of the same dtype.
     """
     rows, columns = matrix.shape
-    if rows < 64 or rows * rows * columns < 1 << 24:
+    if rows < 128 or rows * rows * columns < 1 << 24:
         gram.addmm_(matrix, matrix.T)
         return
     step = -(-rows // 4)
@@ -202,3 +219,10 @@ def add_outer(gram: Tensor, matrix: Tensor) -> None:
         block = matrix[start:stop] @ matrix[start:].T
         gram[start:stop, start:] += block
         gram[stop:, start:stop] += block[:, stop - start :].T
+
+
+def outer(matrix: Tensor) -> Tensor:
+    """Return ``matrix @ matrix.T``."""
+    gram = matrix.new_zeros(len(matrix), len(matrix))
+    add_outer(gram, matrix)
+    return gram

@@ -1,4 +1,4 @@
-"""The one place where updates reach parameters."""
+"""What all optimizers do to parameters beside their own update."""
 
 from collections.abc import Sequence
 
@@ -7,57 +7,33 @@ from torch import Tensor
 
 from steepest.errors import NonFiniteError
 
-__all__ = ["apply_update", "check_finite", "global_norm"]
+__all__ = ["check_magnitude", "decay"]
 
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all entries together.
-
-    Args:
-        tensors: At least one tensor, possibly on several devices.
-
-    Returns:
-        A scalar in float64 on the first tensor's device.
-    """
-    device = tensors[0].device
-    norms = torch._foreach_norm(list(tensors))
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float64) for norm in norms]))
-    return total
-
-
-def apply_update(
-    params: Sequence[Tensor],
-    updates: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    weight_decay: float = 0.0,
-    scale: float = 1.0,
-) -> None:
-    """``theta <- (1 - lr * weight_decay) theta - lr * scale * update``, in place.
+def decay(params: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float) -> None:
+    """Decoupled weight decay, ``theta <- (1 - lr * weight_decay) theta``, in place.
 
     Args:
         params: Parameters.
-        updates: One for each.
         lr: Learning rate.
-        weight_decay: Decoupled decay.
-        scale: Factor of the updates alone.
+        weight_decay: Decay.
     """
-    rate = float(lr)
     if weight_decay != 0:
-        torch._foreach_mul_(list(params), 1 - rate * weight_decay)
-    torch._foreach_add_(list(params), list(updates), alpha=-rate * scale)
+        torch._foreach_mul_(list(params), 1 - float(lr) * weight_decay)
 
 
-def check_finite(value: float, what: str, remedy: str) -> None:
-    """Raise before anything is changed.
+def check_magnitude(value: float, dtype: torch.dtype) -> None:
+    """Raise before an update that would overflow changes anything.
 
     Args:
-        value: A number that is finite if all is well.
-        what: What it is.
-        remedy: What to do.
+        value: Bound on the numbers of the update.
+        dtype: dtype of the parameters.
 
     Raises:
-        NonFiniteError: If it is NaN or infinite.
+        NonFiniteError: If it is NaN or beyond what the dtype holds.
     """
-    if not value < float("inf"):
-        raise NonFiniteError(f"{what} is {value}; parameters and optimizer state are unchanged. Remedy: {remedy}.")
+    if not value < torch.finfo(dtype).max:
+        raise NonFiniteError(
+            f"The update reaches {value:g}, which {dtype} does not hold; parameters and optimizer state are unchanged. "
+            "Remedy: lower lr, raise rtol, or use steepest.Damped."
+        )

@@ -1,7 +1,7 @@
 """How the conditions ``J d = R`` are solved: objects, so that an optimizer names its solver with all its settings."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,19 +19,33 @@ FORMS = ("auto", "dual", "primal")
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a solver found.
+    """What a solver found: a direction d, explicitly or as ``J^T w``.
 
     Args:
-        direction: d for each parameter, by qualified name.
+        jacobian: J.
         rank: Number of singular directions used.
         spectrum: Singular values of J, largest first, float64; None where the solver needs none.
         noise_floor: Relative size below which singular values are rounding.
+        norm: Euclidean norm of d.
+        magnitude: Bound on every number that forming d meets.
+        weights: ``[R]``, w; None where d is explicit.
+        explicit: d for each parameter, by qualified name; None where it is ``J^T w``.
     """
 
-    direction: dict[str, Tensor]
+    jacobian: Jacobian
     rank: int
     spectrum: Tensor | None
     noise_floor: float
+    norm: float
+    magnitude: float
+    weights: Tensor | None = None
+    explicit: dict[str, Tensor] | None = None
+
+    def direction(self) -> dict[str, Tensor]:
+        """Return d for each parameter, by qualified name."""
+        if self.explicit is not None:
+            return self.explicit
+        return self.jacobian.vjp(cast("Tensor", self.weights))
 
 
 @runtime_checkable
@@ -153,7 +167,7 @@ class Damped:
         if self.relative_to == "mean" and self.exponent == 1:
             solved = damped_solve(gram.matrix, gram.project(rhs), self.damping * mean)
             if solved is not None:
-                return Solution(gram.lift(solved), len(solved), None, gram.noise_floor)
+                return gram.solution(solved, len(solved), None)
         scale = mean if self.relative_to == "mean" else None
         return gram.solve(rhs, damping=self.damping, scale=scale, exponent=self.exponent)
 
@@ -183,9 +197,15 @@ class Gram:
         rhs = rhs.to(self.matrix.dtype)
         return rhs if self._dense is None else self._dense.T @ rhs
 
-    def lift(self, solved: Tensor) -> dict[str, Tensor]:
-        """Bring a solution in the Gram's space to parameter space."""
-        return self._jacobian.vjp(solved) if self._dense is None else unflatten(solved, self._jacobian)
+    def solution(self, solved: Tensor, rank: int, spectrum: Tensor | None) -> Solution:
+        """Wrap a solution in the Gram's space."""
+        if self._dense is not None:
+            norm = float(torch.linalg.vector_norm(solved))
+            explicit = unflatten(solved, self._jacobian)
+            return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, norm, explicit=explicit)
+        norm = float((solved @ (self.matrix @ solved)).clamp(min=0).sqrt())  # |J^T w|, without forming it
+        magnitude = float(solved.abs().amax() * self.matrix.diagonal().amax().sqrt())
+        return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, magnitude, weights=solved)
 
     def solve(
         self,
@@ -219,7 +239,7 @@ class Gram:
         # Both forms apply f(s) / s to the projected right-hand side: J^T U (f / s) U^T R = V (f / s) V^T J^T R.
         weights = torch.where(inverse > 0, inverse / values, 0)
         solved = vectors @ (weights * (vectors.T @ self.project(rhs)))
-        return Solution(self.lift(solved), kept, values.double(), self.noise_floor)
+        return self.solution(solved, kept, values.double())
 
 
 @dataclass(frozen=True)
@@ -324,8 +344,11 @@ def _from_svd(
     projected, values, right = parts
     floor = max(jacobian.num_rows, jacobian.num_parameters) * torch.finfo(values.dtype).eps
     inverse, kept = spectral_filter(values, rank=solver.rank, rtol=solver.rtol, exponent=solver.exponent, floor=floor)
-    direction = unflatten((inverse * projected) @ right, jacobian)
-    return Solution(direction, kept, values.double(), max(floor, 32 * torch.finfo(jacobian.dtype).eps))
+    coefficients = inverse * projected
+    norm = float(torch.linalg.vector_norm(coefficients))
+    explicit = unflatten(coefficients @ right, jacobian)
+    noise_floor = max(floor, 32 * torch.finfo(jacobian.dtype).eps)
+    return Solution(jacobian, kept, values.double(), noise_floor, norm, norm, explicit=explicit)
 
 
 def unflatten(vector: Tensor, jacobian: Jacobian) -> dict[str, Tensor]:

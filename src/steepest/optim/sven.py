@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from steepest._validation import check_choice, check_integer, check_real
 from steepest.engine import Capture, Jacobian, ReferenceCapture, Rows, named_trainable
 from steepest.errors import ClosureError, InvalidOptionError, NonFiniteError
-from steepest.optim._apply import apply_update, check_finite, global_norm
+from steepest.optim._apply import check_magnitude, decay
 from steepest.optim.rows import RowKind, conditions, mean_loss
 from steepest.optim.solvers import Damped, Solution, Solver, TruncatedEigh
 
@@ -161,6 +161,11 @@ class Sven(Optimizer):
                 raise InvalidOptionError("capture= does not cover all of params=: build it with the same parameters.")
 
     @property
+    def rows(self) -> RowKind:
+        """What the closure returns: "losses" or "residuals"."""
+        return self._rows
+
+    @property
     def capture(self) -> Capture | ReferenceCapture:
         """The engine that differentiates the rows."""
         if self._capture is None:
@@ -217,10 +222,9 @@ class Sven(Optimizer):
                 rows = conditions(output, self._rows, self._kappa, self._samples_per_row)
             index, jacobian = self._restrict(self.capture.jacobian(rows))
             solution = self._solver.solve(jacobian, _stack(rows))
-            norm = float(global_norm(list(solution.direction.values())))
-            scale = self._guard(norm)
+            scale = self._guard(solution.norm)
             rate = max(float(group["lr"]) for group in self.param_groups)
-            check_finite(norm * max(rate, 1.0), "The norm of the update", "lower lr, or use steepest.Damped")
+            check_magnitude(solution.magnitude * max(rate, 1.0), jacobian.dtype)
         except NonFiniteError as error:
             if not self._skip:
                 raise
@@ -228,7 +232,7 @@ class Sven(Optimizer):
             warnings.warn(f"Step skipped: {error}", RuntimeWarning, stacklevel=3)
             return None
         self._apply(solution, scale, index)
-        self._remember(solution, jacobian.num_rows, norm, scale)
+        self._remember(solution, scale)
         return mean_loss(output, self._rows)
 
     @property
@@ -257,22 +261,30 @@ class Sven(Optimizer):
 
     def _apply(self, solution: Solution, scale: float, index: Mapping[str, Tensor]) -> None:
         names = {id(p): name for name, p in self.capture.params.items()}
-        for group in self.param_groups:
-            params = group["params"]
-            updates = [_widen(solution.direction[names[id(p)]], p, index.get(names[id(p)])) for p in params]
-            apply_update(params, updates, lr=group["lr"], scale=scale, weight_decay=group["weight_decay"])
+        groups = [(group, [names[id(p)] for p in group["params"]]) for group in self.param_groups]
+        if solution.weights is not None and not index:  # straight into the parameters, no copy of d
+            for group, _ in groups:
+                decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
+            alphas = {name: -float(group["lr"]) * scale for group, trained in groups for name in trained}
+            solution.jacobian.add_vjp_(self.capture.params, solution.weights, alphas)
+            return
+        direction = solution.direction()
+        for group, trained in groups:
+            updates = [_widen(direction[n], p, index.get(n)) for n, p in zip(trained, group["params"], strict=True)]
+            decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
+            torch._foreach_add_(group["params"], updates, alpha=-float(group["lr"]) * scale)
 
-    def _remember(self, solution: Solution, rows: int, norm: float, scale: float) -> None:
+    def _remember(self, solution: Solution, scale: float) -> None:
         memory = self._memory
         memory["step"] += 1
-        memory["norm_mean"] = NORM_DECAY * memory["norm_mean"] + (1 - NORM_DECAY) * norm * scale
+        memory["norm_mean"] = NORM_DECAY * memory["norm_mean"] + (1 - NORM_DECAY) * solution.norm * scale
         memory["num_clipped"] += scale < 1
         self.diagnostics = SvenDiagnostics(
-            rows=rows,
+            rows=solution.jacobian.num_rows,
             rank=solution.rank,
             spectrum=solution.spectrum,
             noise_floor=solution.noise_floor,
-            update_norm=norm * scale,
+            update_norm=solution.norm * scale,
             clipped=scale < 1,
             num_clipped=memory["num_clipped"],
             num_skipped=memory["num_skipped"],
