@@ -210,6 +210,10 @@ def assemble(blocks: Sequence[tuple[int, Sequence[Record]]]) -> list[Record]:
     Returns:
         Records of disjoint groups of parameters.
     """
+    if len(blocks) == 1:  # the usual case: every parameter used once
+        records = list(blocks[0][1])
+        if len({name for record in records for name in record.names}) == sum(len(record.names) for record in records):
+            return records
     groups: list[set[str]] = []
     for names in dict.fromkeys(frozenset(record.names) for _, records in blocks for record in records):
         touching = [group for group in groups if group & names]

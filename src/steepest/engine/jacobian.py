@@ -25,12 +25,14 @@ def caller_independent(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
+        autocast = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        with torch.enable_grad():
+            if not autocast:
+                return method(*args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                for device in autocast:
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return method(*args, **kwargs)
+                return method(*args, **kwargs)
 
     return run
 
@@ -156,9 +158,10 @@ class Jacobian:
         """
         check_choice("precision", precision, ("float64", "float32"))
         dtype = torch.float64 if precision == "float64" else torch.float32
-        gram = torch.zeros(self._num_rows, self._num_rows, dtype=dtype, device=self._device)
-        for record in self._records:
-            gram += record.gram(dtype, self._max_memory)
+        parts = (record.gram(dtype, self._max_memory) for record in self._records)
+        gram = next(parts)
+        for part in parts:
+            gram += part
         return gram
 
     @caller_independent
@@ -190,6 +193,7 @@ class Jacobian:
             InvalidOptionError: If ``weights`` has another shape.
         """
         self._check_weights(weights)
+        weights = weights.to(self._dtype)
         with torch.no_grad():
             for record in self._records:
                 record.add_vjp_(targets, weights, alphas)

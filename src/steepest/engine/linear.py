@@ -50,7 +50,7 @@ class LinearRecord(Record):
         self._x, self._g = common_dtype(inputs, output_grads)
         self._like = self._g
         self.names = tuple(name for name in (weight, bias) if name is not None)
-        self.num_rows = len(inputs)
+        self.num_rows = inputs.shape[0]
         d_in, d_out = inputs.shape[-1], output_grads.shape[-1]
         sizes = {weight: torch.Size([d_out, d_in]), bias: torch.Size([d_out])}
         self.shapes = {name: sizes[name] for name in self.names}

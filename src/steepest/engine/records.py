@@ -97,7 +97,7 @@ class MaterializedRecord(Record):
         self.names = tuple(grads)
         self.shapes = {name: grad.shape[1:] for name, grad in grads.items()}
         self._like = next(iter(grads.values()))
-        self.num_rows = len(self._like)
+        self.num_rows = self._like.shape[0]
 
     def per_sample_grads(self) -> dict[str, Tensor]:
         """Gradient of each row."""
@@ -181,6 +181,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def common_dtype(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
     """Bring both halves of a record to one dtype, at least float32: autocast mixes them."""
+    if inputs.dtype == output_grads.dtype and inputs.dtype.itemsize >= 4:
+        return inputs, output_grads
     dtype = torch.promote_types(torch.promote_types(inputs.dtype, output_grads.dtype), torch.float32)
     return inputs.to(dtype), output_grads.to(dtype)
 
@@ -210,7 +212,7 @@ def add_outer(gram: Tensor, matrix: Tensor) -> None:
         matrix: ``[R, columns]`` of the same dtype.
     """
     rows, columns = matrix.shape
-    if rows < 128 or rows * rows * columns < 1 << 24:
+    if not _halving_pays(rows, columns):
         gram.addmm_(matrix, matrix.T)
         return
     step = -(-rows // 4)
@@ -223,6 +225,14 @@ def add_outer(gram: Tensor, matrix: Tensor) -> None:
 
 def outer(matrix: Tensor) -> Tensor:
     """Return ``matrix @ matrix.T``."""
-    gram = matrix.new_zeros(len(matrix), len(matrix))
+    rows, columns = matrix.shape
+    if not _halving_pays(rows, columns):
+        return matrix @ matrix.T
+    gram = matrix.new_zeros(rows, rows)
     add_outer(gram, matrix)
     return gram
+
+
+def _halving_pays(rows: int, columns: int) -> bool:
+    """Whether a product is large enough that computing only its upper block triangle saves time."""
+    return rows >= 128 and rows * rows * columns >= 1 << 24
