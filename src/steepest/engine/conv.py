@@ -1,6 +1,6 @@
 """Record of convolutions in one, two or three dimensions, with stride, padding, dilation and groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steepest.engine.layout import Layout
 from steepest.engine.linear import LinearRecord, factorized_is_cheaper
-from steepest.engine.records import Record, add_outer, column_chunks, common_dtype
+from steepest.engine.records import Record, accumulate, column_chunks, common_dtype
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["ConvRecord", "ConvShape", "convolution"]
@@ -58,15 +58,15 @@ class ConvShape:
             x: ``[B, C, *spatial]``.
 
         Returns:
-            ``[B, groups, positions, C / groups * prod(kernel)]``, ordered as the weight's trailing dimensions.
+            ``[B, groups, C / groups * prod(kernel), positions]``, features ordered as the weight's trailing dimensions.
         """
         kernel = self.weight_shape[2:]
         x = F.pad(x, self.pad)
         for dim, (size, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        spatial = len(kernel)  # now [B, C, *positions, *kernel]
-        x = x.unflatten(1, (self.groups, -1)).movedim(2, 2 + spatial)
-        return x.flatten(2, 1 + spatial).flatten(3)
+        spatial = len(kernel)  # now [B, C, *positions, *kernel]; with positions last, copies run along memory
+        order = (*range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
+        return x.permute(0, 1, *order).reshape(x.shape[0], self.groups, self.weight_shape[1:].numel(), -1)
 
 
 class ConvRecord(Record):
@@ -105,27 +105,36 @@ class ConvRecord(Record):
     def _bias_grads(self) -> Tensor:
         return self._g.flatten(2).sum(2).view(self.num_rows, self._merged, -1).sum(1)
 
-    def _weight_grads(self, channels: slice, max_memory: int) -> Tensor:
-        """Per-sample gradients ``[R, groups, channels, features]`` of some output channels of every group."""
-        # Patches are made for as many rows at a time as max_memory allows.
-        groups, merged = self._shape.groups, self._merged
-        features = self._shape.weight_shape[1:].numel()
-        patch_bytes = merged * self._g[0, 0].numel() * groups * features * self._x.itemsize
+    def _patches(self, rows: slice) -> Tensor:
+        """``[rows, groups, features, images and positions of a row]``."""
+        merged = self._merged
+        patches = self._shape.patches(self._x[rows.start * merged : rows.stop * merged])
+        if merged == 1:
+            return patches
+        return patches.view(-1, merged, *patches.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+
+    def _weight_grads(self, max_memory: int) -> Iterator[Tensor]:
+        """Yield per-sample gradients ``[R, groups, channels, features]`` of some output channels after others."""
+        groups, features = self._shape.groups, self._shape.weight_shape[1:].numel()
+        positions = self._merged * self._g[0, 0].numel()
         # rows, groups, channels, images and positions of a row
-        g = self._g.flatten(2).unflatten(1, (groups, -1))[:, :, channels]
-        g = g.unflatten(0, (-1, merged)).permute(0, 2, 3, 1, 4).flatten(3)
-        grads: Tensor = g.new_empty(*g.shape[:3], features)
-        for rows in column_chunks(self.num_rows, patch_bytes, max_memory):
-            patches = self._shape.patches(self._x[rows.start * merged : rows.stop * merged])
-            patches = patches.unflatten(0, (-1, merged)).transpose(1, 2).flatten(2, 3)
-            torch.matmul(g[rows], patches, out=grads[rows])
-        return grads
+        g = self._g.flatten(2).view(self.num_rows, self._merged, groups, -1, positions // self._merged)
+        g = g.permute(0, 2, 3, 1, 4).flatten(3)
+        size = self._x.itemsize
+        row_chunks = list(column_chunks(self.num_rows, positions * groups * features * size, max_memory))
+        whole = self._patches(row_chunks[0]) if len(row_chunks) == 1 else None  # made once if they fit
+        for channels in column_chunks(g.shape[2], self.num_rows * groups * features * size, max_memory):
+            grads = g.new_empty(self.num_rows, groups, channels.stop - channels.start, features)
+            for rows in row_chunks:
+                patches = self._patches(rows) if whole is None else whole
+                torch.matmul(g[rows, :, channels], patches.mT, out=grads[rows])
+            yield grads
 
     def per_sample_grads(self) -> dict[str, Tensor]:
         """``g_n^T patches_n``."""
         grads = {}
         if self._weight is not None:
-            whole = self._weight_grads(slice(None), 1 << 62)
+            (whole,) = self._weight_grads(1 << 62)
             grads[self._weight] = whole.reshape(self.num_rows, *self._shape.weight_shape)
         if self._bias is not None:
             grads[self._bias] = self._bias_grads()
@@ -136,18 +145,17 @@ class ConvRecord(Record):
         rows, groups = self.num_rows, self._shape.groups
         gram = self._x.new_zeros(rows, rows, dtype=dtype)
         if self._bias is not None:
-            add_outer(gram, self._bias_grads().to(dtype))
+            accumulate(gram, self._bias_grads(), max_memory)
         if self._weight is None:
             return gram
         positions = self._merged * self._g[0, 0].numel()
         out_channels, features = self._shape.weight_shape[0], self._shape.weight_shape[1:].numel()
         if groups == 1 and factorized_is_cheaper(rows, positions, features, out_channels):
-            patches = self._shape.patches(self._x).reshape(rows, positions, features)
-            grads = self._g.flatten(2).transpose(1, 2).reshape(rows, positions, out_channels)
+            patches = self._patches(slice(0, rows))[:, 0].mT
+            grads = self._g.flatten(2).view(rows, self._merged, out_channels, -1).transpose(2, 3).flatten(1, 2)
             return gram + LinearRecord("weight", None, patches, grads).gram(dtype, max_memory)
-        bytes_per_channel = rows * features * groups * (dtype.itemsize + self._x.itemsize)
-        for channels in column_chunks(out_channels // groups, bytes_per_channel, max_memory):
-            add_outer(gram, self._weight_grads(channels, max_memory).view(rows, -1).to(dtype))
+        for grads in self._weight_grads(max_memory // 2):
+            accumulate(gram, grads.view(rows, -1), max_memory)
         return gram
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steepest.engine.layout import Layout
-from steepest.engine.records import Record, at_least_float32, column_chunks
+from steepest.engine.records import CHUNK_BYTES, Record, at_least_float32, column_chunks
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["EmbeddingRecord", "embedding"]
@@ -43,7 +43,7 @@ class EmbeddingRecord(Record):
             return self.materialize().gram(dtype, max_memory)
         tokens, g = self._tokens.flatten(), self._g.flatten(0, 1).to(dtype)
         gram = g.new_empty(rows, rows)
-        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, max_memory):
+        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, min(max_memory, CHUNK_BYTES)):
             span = slice(chunk.start * shared, chunk.stop * shared)
             products = g[span] @ g.T
             products *= tokens[span, None] == tokens

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steepest.engine.layout import Layout
-from steepest.engine.records import Record, add_outer, column_chunks, common_dtype, outer
+from steepest.engine.records import CHUNK_BYTES, Record, accumulate, column_chunks, common_dtype, outer
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
@@ -84,7 +84,7 @@ class LinearRecord(Record):
         rows, shared, _ = self._x.shape
         x, g = self._x.flatten(0, 1).to(dtype), self._g.flatten(0, 1).to(dtype)
         gram = x.new_empty(rows, rows)
-        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, max_memory):
+        for chunk in column_chunks(rows, 2 * shared * shared * rows * dtype.itemsize, min(max_memory, CHUNK_BYTES)):
             span = slice(chunk.start * shared, chunk.stop * shared)
             products = x[span] @ x.T
             if self._bias is not None:
@@ -98,12 +98,12 @@ class LinearRecord(Record):
         # rounding. Only the products of J with itself, where small singular values drown, need `dtype`.
         rows, _, d_in = self._x.shape
         gram = self._x.new_zeros(rows, rows, dtype=dtype)
-        bytes_per_output = rows * d_in * (dtype.itemsize + self._x.dtype.itemsize)
-        for outputs in column_chunks(self._g.shape[-1], bytes_per_output, max_memory):
+        limit = min(max_memory, CHUNK_BYTES)
+        for outputs in column_chunks(self._g.shape[-1], rows * d_in * (dtype.itemsize + self._x.itemsize), limit):
             grads = torch.bmm(self._g[:, :, outputs].transpose(1, 2), self._x)
-            add_outer(gram, grads.view(rows, -1).to(dtype))
+            accumulate(gram, grads.view(rows, -1), max_memory)
         if self._bias is not None:
-            add_outer(gram, self._g.sum(1).to(dtype))
+            accumulate(gram, self._g.sum(1), max_memory)
         return gram
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:

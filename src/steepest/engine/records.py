@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = [
     "MaterializedRecord",
     "Record",
-    "add_outer",
+    "accumulate",
     "at_least_float32",
     "column_chunks",
     "common_dtype",
@@ -107,9 +107,7 @@ class MaterializedRecord(Record):
         """``J J^T``, a few columns at a time."""
         gram = next(iter(self._grads.values())).new_zeros(self.num_rows, self.num_rows, dtype=dtype)
         for grad in self._grads.values():
-            flat = grad.reshape(self.num_rows, -1)
-            for columns in column_chunks(flat.shape[1], self.num_rows * dtype.itemsize, max_memory):
-                add_outer(gram, flat[:, columns].to(dtype))
+            accumulate(gram, grad.reshape(self.num_rows, -1), max_memory)
         return gram
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
@@ -198,10 +196,23 @@ def column_chunks(total: int, bytes_per_column: int, max_memory: int) -> Iterato
     Yields:
         Slices that cover the range in order.
     """
-    # Chunks beyond the cache gain nothing, and large allocations cost page faults each time anew.
-    width = max(1, min(max_memory, CHUNK_BYTES) // max(1, bytes_per_column))
+    width = max(1, max_memory // max(1, bytes_per_column))
     for start in range(0, total, width):
         yield slice(start, min(start + width, total))
+
+
+def accumulate(gram: Tensor, matrix: Tensor, max_memory: int) -> None:
+    """Add ``matrix @ matrix.T`` to ``gram`` in place, in the Gram's precision, a few columns at a time.
+
+    Args:
+        gram: ``[R, R]``.
+        matrix: ``[R, columns]``.
+        max_memory: Bytes allowed for a chunk in the Gram's precision.
+    """
+    # Chunks beyond the cache gain nothing, and large allocations cost page faults each time anew.
+    limit = min(max_memory, CHUNK_BYTES)
+    for columns in column_chunks(matrix.shape[1], matrix.shape[0] * gram.itemsize, limit):
+        add_outer(gram, matrix[:, columns].to(gram.dtype))
 
 
 def add_outer(gram: Tensor, matrix: Tensor) -> None:
