@@ -2,6 +2,7 @@
 
 from typing import Literal
 
-__all__ = ["Precision"]
+__all__ = ["Precision", "Sharing"]
 
 Precision = Literal["float64", "float32"]
+Sharing = Literal["expand", "reduce"]

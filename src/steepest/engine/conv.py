@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steepest._typing import Sharing
 from steepest.engine.layout import Layout
 from steepest.engine.linear import LinearRecord, factorized_is_cheaper
-from steepest.engine.records import Record, accumulate, column_chunks, common_dtype
+from steepest.engine.records import KroneckerFactors, Record, accumulate, column_chunks, common_dtype
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["ConvRecord", "ConvShape", "convolution"]
@@ -151,12 +152,22 @@ class ConvRecord(Record):
         positions = self._merged * self._g[0, 0].numel()
         out_channels, features = self._shape.weight_shape[0], self._shape.weight_shape[1:].numel()
         if groups == 1 and factorized_is_cheaper(rows, positions, features, out_channels):
-            patches = self._patches(slice(0, rows))[:, 0].mT
-            grads = self._g.flatten(2).view(rows, self._merged, out_channels, -1).transpose(2, 3).flatten(1, 2)
-            return gram + LinearRecord("weight", None, patches, grads).gram(dtype, max_memory)
+            return gram + self._as_linear(None).gram(dtype, max_memory)
         for grads in self._weight_grads(max_memory // 2):
             accumulate(gram, grads.view(rows, -1), max_memory)
         return gram
+
+    def _as_linear(self, bias: str | None) -> LinearRecord:
+        """The same layer as a linear map of its patches, positions shared; of an ungrouped convolution."""
+        patches = self._patches(slice(0, self.num_rows))[:, 0].mT
+        grads = self._g.flatten(2).view(self.num_rows, self._merged, self._g.shape[1], -1)
+        return LinearRecord("weight", bias, patches, grads.transpose(2, 3).flatten(1, 2))
+
+    def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
+        """Those of the linear map of its patches."""
+        if self._weight is None or self._shape.groups > 1:
+            return None
+        return self._as_linear(self._bias).kronecker_factors(sharing)
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """The layer's weight gradient with weighted output gradients."""

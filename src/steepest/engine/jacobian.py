@@ -3,21 +3,28 @@
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from steepest._typing import Precision
+from steepest._typing import Precision, Sharing
 from steepest._validation import check_choice
-from steepest.engine.records import Record
+from steepest.engine.records import KroneckerFactors, Record
 from steepest.errors import InvalidOptionError
 
-__all__ = ["Jacobian", "caller_independent"]
+__all__ = ["Jacobian", "RowSketch", "caller_independent"]
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class RowSketch(Protocol):
+    """A streaming summary of rows that arrive in blocks of columns."""
+
+    def insert(self, blocks: Mapping[str, Tensor]) -> None:
+        """Take rows, ``[R, numel]`` for each parameter."""
 
 
 def caller_independent(method: Callable[P, T]) -> Callable[P, T]:
@@ -228,6 +235,36 @@ class Jacobian:
         for record in self._records:
             out = out + record.jvp(vector)
         return out
+
+    @caller_independent
+    def kronecker_factors(self, sharing: Sharing = "expand") -> dict[tuple[str, ...], KroneckerFactors]:
+        r"""Return the Kronecker factors of the rows' Fisher, layer by layer.
+
+        .. math:: F = \tfrac1R \sum_n \nabla r_n \nabla r_n^T \approx A \otimes S
+
+        exact for one row, one position. Rows are losses of one sample each, so no 1/R is to be undone.
+
+        Args:
+            sharing: For weights shared over positions (arXiv 2311.00636): "expand" takes every position as a sample,
+                "reduce" averages inputs and sums gradients over positions first.
+
+        Returns:
+            Factors by the names of a layer's parameters; linear layers and ungrouped convolutions have them.
+
+        Raises:
+            InvalidOptionError: If ``sharing`` is something else.
+        """
+        check_choice("sharing", sharing, ("expand", "reduce"))
+        factors = {record.names: record.kronecker_factors(sharing) for record in self._records}
+        return {names: factor for names, factor in factors.items() if factor is not None}
+
+    def sketch_into(self, sketch: RowSketch) -> None:
+        """Feed the rows to a streaming sketch, one block per parameter and never one flat copy.
+
+        Args:
+            sketch: Whatever takes the rows of many batches, such as Frequent Directions.
+        """
+        sketch.insert({n: g.reshape(self._num_rows, -1) for n, g in self.per_sample_grads().items()})
 
     def restrict(self, index: Mapping[str, Tensor]) -> "Jacobian":
         """Keep some output rows (dimension 0) of the parameters: fewer columns, less memory and time.

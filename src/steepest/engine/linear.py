@@ -6,8 +6,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from steepest._typing import Sharing
 from steepest.engine.layout import Layout
-from steepest.engine.records import CHUNK_BYTES, Record, accumulate, column_chunks, common_dtype, outer
+from steepest.engine.records import (
+    CHUNK_BYTES,
+    KroneckerFactors,
+    Record,
+    accumulate,
+    column_chunks,
+    common_dtype,
+    outer,
+)
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
@@ -138,6 +147,16 @@ class LinearRecord(Record):
         if self._bias is not None:
             moved = moved + vector[self._bias].to(self._x.dtype)
         return (moved * self._g).sum((1, 2))
+
+    def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
+        """Every position a sample of its own ("expand"), or mean input and summed gradient ("reduce")."""
+        if self._weight is None:
+            return None
+        x, g = self._x, self._g
+        if self._bias is not None:
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        x, g = (x.mean(1), g.sum(1)) if sharing == "reduce" else (x.flatten(0, 1), g.flatten(0, 1))
+        return KroneckerFactors(x.T @ x / x.shape[0], g.T @ g / self.num_rows)
 
     def restrict(self, index: Mapping[str, Tensor]) -> "LinearRecord":
         """Keep some output features."""

@@ -6,12 +6,16 @@ the product J^T w is the layer's weight gradient with weighted output gradients,
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from steepest._typing import Sharing
+
 __all__ = [
+    "KroneckerFactors",
     "MaterializedRecord",
     "Record",
     "accumulate",
@@ -23,6 +27,19 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    r"""Factors of :math:`F \approx A \otimes S` for one layer, in the precision of its record.
+
+    Args:
+        input_factor: A, ``[d_in (+ 1), d_in (+ 1)]``, the mean of ``x x^T`` with a 1 joined for the bias.
+        grad_factor: S, ``[d_out, d_out]``, the mean over rows of ``g g^T``.
+    """
+
+    input_factor: Tensor
+    grad_factor: Tensor
 
 
 class Record(ABC):
@@ -79,6 +96,10 @@ class Record(ABC):
     def materialize(self) -> "MaterializedRecord":
         """Return the same rows as explicit per-sample gradients."""
         return MaterializedRecord(self.per_sample_grads())
+
+    def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
+        """Factors of the group's Fisher block; None for parameters without a Kronecker rule."""
+        return None
 
     def zero_rows(self, rows: int) -> "MaterializedRecord":
         """Return rows that do not depend on these parameters."""
