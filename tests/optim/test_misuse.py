@@ -164,3 +164,23 @@ def test_the_guard_shortens_a_leap() -> None:
     assert opt.diagnostics.clipped
     assert opt.diagnostics.num_clipped == 1
     assert opt.diagnostics.update_norm < 3 * usual
+
+
+def test_the_first_step_is_no_longer_than_the_parameters() -> None:
+    """Before any mean exists the parameters set the scale: an ill-conditioned first batch cannot carry them away."""
+    model = small()
+    norm = torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+    opt = st.Sven(model, rows="residuals", lr=1.0, solver=st.TruncatedEigh(rtol=0))
+    opt.step(lambda: 1e4 * model(X).squeeze(1) - 1e6)
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.clipped
+    assert opt.diagnostics.update_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_parameters_that_are_zero_set_no_scale() -> None:
+    model = nn.Linear(2, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    opt = st.Sven(model, rows="residuals", lr=1.0)
+    opt.step(lambda: model(X).squeeze(1) - Y)
+    assert model.weight.abs().sum() > 0

@@ -67,8 +67,9 @@ class Sven(Optimizer):
         kappa: Rows of losses are ``l ** (kappa / 2)``. With 2 a row is the loss itself, with 1 its root.
         solver: How ``J d = R`` is solved; ``TruncatedEigh(rtol=1e-3)`` for losses and ``Damped(1e-2)`` for
             residuals by default: residuals without damping follow the noise of nearly fitted samples.
-        max_norm_ratio: Norm guard: d is shortened to this multiple of its norm's running mean; None for no guard.
-            By default 3 for residuals and none for losses.
+        max_norm_ratio: Norm guard: d is shortened to this multiple of its norm's running mean, the first d to the
+            norm of the parameters themselves; None for no guard. Without it one ill-conditioned batch can carry the
+            model far away at finite loss, the first batch above all.
         weight_decay: Decoupled weight decay w.
         fraction: Random fraction of the output rows of every layer that a step changes: less memory and time.
         samples_per_row: Losses averaged into one row (micro-batching): fewer rows, less memory and time.
@@ -109,7 +110,7 @@ class Sven(Optimizer):
         rows: RowKind = "losses",
         kappa: float = 2.0,
         solver: Solver | None = None,
-        max_norm_ratio: float | Literal["auto"] | None = "auto",
+        max_norm_ratio: float | None = 3.0,
         weight_decay: float = 0.0,
         fraction: float = 1.0,
         samples_per_row: int = 1,
@@ -127,8 +128,9 @@ class Sven(Optimizer):
             raise InvalidOptionError(
                 f"solver={solver!r}: give a solver object such as steepest.TruncatedEigh(rtol=1e-3)."
             )
-        guard = (3.0 if rows == "residuals" else None) if max_norm_ratio == "auto" else max_norm_ratio
-        self._max_norm_ratio = None if guard is None else check_real("max_norm_ratio", guard, low=1)
+        if max_norm_ratio is not None:
+            check_real("max_norm_ratio", max_norm_ratio, low=1)
+        self._max_norm_ratio = max_norm_ratio
         self._fraction = check_real("fraction", fraction, low=0, high=1, open_low=True)
         self._samples_per_row = check_integer("samples_per_row", samples_per_row, low=1)
         if rows == "residuals" and samples_per_row > 1:
@@ -252,11 +254,18 @@ class Sven(Optimizer):
         return index, jacobian.restrict(index)
 
     def _guard(self, norm: float) -> float:
-        """Factor that keeps the update's norm within a multiple of its running mean."""
+        """Factor that keeps the update's norm within bounds."""
         memory = self._memory
-        if self._max_norm_ratio is None or memory["step"] == 0:
+        if self._max_norm_ratio is None:
             return 1.0
-        limit = self._max_norm_ratio * memory["norm_mean"] / (1 - NORM_DECAY ** memory["step"])
+        if memory["step"] == 0:
+            params = [p for group in self.param_groups for p in group["params"]]
+            limit = float(
+                torch.linalg.vector_norm(torch.stack([n.double().cpu() for n in torch._foreach_norm(params)]))
+            )
+            limit = limit or norm  # parameters that are all zero set no scale
+        else:
+            limit = self._max_norm_ratio * memory["norm_mean"] / (1 - NORM_DECAY ** memory["step"])
         return limit / norm if norm > limit else 1.0
 
     def _apply(self, solution: Solution, scale: float, index: Mapping[str, Tensor]) -> None:
