@@ -72,3 +72,18 @@ def test_few_rows(size: int) -> None:
             capture.jacobian(rows)
     else:
         exact_or_refused(model, model, lambda: after(lambda r: r.sum().view(1))(model, x))
+
+
+def test_a_model_blown_up_is_not_taken_for_interaction() -> None:
+    """Weights of 1e6 cancel to noise inside the products; the probe must not mistake rounding for dependence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e6)
+    for seed in range(20):
+        x = torch.randn(32, 1, generator=torch.Generator().manual_seed(seed))
+        capture = st.Capture(model)
+        with capture:
+            rows = model(x).squeeze(1)
+        assert capture.jacobian(rows).num_rows == 32

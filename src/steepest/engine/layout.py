@@ -82,7 +82,7 @@ def resolve(
     """Choose the layout in which row n of the output gradient depends on row n of the losses alone.
 
     Then the gradient of ``sum_n w_n r_n`` is row by row ``w_n`` times that of ``sum_n r_n``. The zeros among the
-    weights of a probe tell even weak interaction exactly; the others differ, so that no pair of rows escapes.
+    weights of a probe tell even weak interaction exactly; the others differ from row to row.
 
     Args:
         full: Gradient of the sum of all rows.
