@@ -1,12 +1,12 @@
 """From uses and their output gradients to a few records that cover all rows."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from steepest.engine.layout import Layout, candidates, resolve
+from steepest.engine.layout import Layout, agrees, candidates, is_silent
 from steepest.engine.records import Record, join
 from steepest.engine.tape import REFERENCE_REMEDY, Use
 from steepest.errors import CaptureError, UnsupportedModelError
@@ -152,15 +152,15 @@ class LayoutFinder:
         self,
         uses: Sequence[Use],
         full: Sequence[Tensor],
-        probes: Sequence[tuple[Tensor, Sequence[Tensor]]],
+        probe: Callable[[Tensor, bool], Sequence[Tensor]],
         signature: tuple[object, ...],
     ) -> tuple[Layout, ...]:
-        """Compare the gradients of every use.
+        """Compare the gradients of every use with those of two probes, one probe in memory at a time.
 
         Args:
             uses: The uses that the rows depend on.
             full: Their gradients of the sum of all rows.
-            probes: Weights of the rows, and the uses' gradients of the sum so weighted.
+            probe: Gives their gradients of the rows' weighted sum; called with the weights and whether it is the last.
             signature: Key to remember the answer by.
 
         Returns:
@@ -169,20 +169,25 @@ class LayoutFinder:
         Raises:
             UnsupportedModelError: If rows interact in one of them.
         """
-        layouts, settled = [], True
+        rows = int(cast("int", signature[0]))
+        possible = [list(candidates(w.shape[: use.num_lead], rows)) for use, w in zip(uses, full, strict=True)]
         # The lowest precision and the largest gradient anywhere bound what rounding can do to any of them.
         eps = max(torch.finfo(grads.dtype).eps for grads in full)
         tolerance = min(64 * eps, 0.1) * torch.stack([grads.abs().amax().double() for grads in full]).amax()
-        for i, (use, whole) in enumerate(zip(uses, full, strict=True)):
-            layout, sure = resolve(whole, [(w, grads[i]) for w, grads in probes], use.num_lead, tolerance)
-            if layout is None:
-                error = _interaction(use, whole, len(probes[0][0]))
-                raise error
-            layouts.append(layout)
-            settled = settled and sure
+        settled = bool(tolerance.isfinite())  # else nothing can be told; the optimizer refuses such a step itself
+        for weights, last in zip(self.weights(rows, full[0].device), (False, True), strict=True):
+            probed = probe(weights, last)
+            for i, (whole, part) in enumerate(zip(full, probed, strict=True)):
+                if tolerance.isfinite():
+                    possible[i] = [p for p in possible[i] if agrees(p, whole, part, weights, tolerance)]
+                if not possible[i]:
+                    error = _interaction(uses[i], whole, rows)
+                    raise error
+                settled = settled and not is_silent(possible[i][0], whole, weights)
+        layouts = tuple(options[0] for options in possible)
         if settled:
-            self._known[signature] = tuple(layouts)
-        return tuple(layouts)
+            self._known[signature] = layouts
+        return layouts
 
 
 def _interaction(use: Use, grads: Tensor, rows: int) -> UnsupportedModelError:

@@ -4,7 +4,7 @@ A parameter that meets the data in an elementwise operation is expanded along th
 gradient autograd gives sample by sample; that holds for any such operation without a formula of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,32 +53,41 @@ PRODUCTS = frozenset(["matmul", "__matmul__", "mm"])
 
 
 class LeafUse(Use):
-    """A parameter, repeated for every sample without a copy, on its way into an operation with data."""
+    """A parameter, repeated for every sample without a copy, on its way into an operation with data.
 
-    def __init__(self, tape: Tape, function: str, repeated: Slot, leaf: Tensor) -> None:
-        super().__init__(tape, function, (repeated,), leaf, None, num_lead=leaf.ndim)
-        self._repeated = repeated
+    Args:
+        tape: The tape.
+        function: Name of the operation.
+        source: The parameter as it was given.
+        leaf: What took its place, ``source`` expanded.
+    """
+
+    def __init__(self, tape: Tape, function: str, source: Slot, leaf: Tensor) -> None:
+        super().__init__(tape, function, (source,), leaf, None, num_lead=leaf.ndim)
+        self._source = source
 
     def record(self, output_grads: Tensor, layout: Layout, rows: int) -> Record:
         """Pull each sample's gradient back through one sample's copy."""
-        tensor = self._repeated.tensor
+        tensor, dim = self._source.tensor, layout.dim
         self._check_slots()
-        if tensor.stride(layout.dim) != 0 and tensor.shape[layout.dim] != 1:
+        missing = len(self.sizes) - tensor.ndim  # leading dimensions that broadcasting added
+        if dim >= missing and tensor.shape[dim - missing] != 1 and tensor.stride(dim - missing) != 0:
             raise refusal(
                 self.function,
                 self.slots,
-                f"copies of shape {tuple(tensor.shape)} differ along the batch (dimension {layout.dim})",
+                f"copies of shape {tuple(tensor.shape)} differ along the batch (dimension {dim})",
                 "give every sample the same value through expand() rather than repeat() or one value for each sample",
             )
-        one = Slot(tensor.select(layout.dim, 0), self._repeated.names)
+        one = tensor if dim < missing else tensor.narrow(dim - missing, 0, 1)
+        one = one.expand(*self.sizes[:dim], 1, *self.sizes[dim + 1 :]).select(dim, 0)
         grads = layout.split(output_grads).sum(1)
-        return MaterializedRecord(self._pull_back(one, grads))
+        return MaterializedRecord(self._pull_back(Slot(one, self._source.names), grads, through=tensor.numel()))
 
 
-def _repeat(tape: Tape, function: str, slot: Slot, tensor: Tensor) -> Tensor:
-    """Put the leaf in the parameter's place and record it."""
-    leaf = tensor.detach().requires_grad_()
-    tape.uses.append(LeafUse(tape, function, Slot(tensor, slot.names), leaf))
+def _repeat(tape: Tape, function: str, slot: Slot, source: Tensor, shape: Sequence[int]) -> Tensor:
+    """Put a leaf, ``source`` expanded, in the parameter's place and record it."""
+    leaf = source.detach().expand(shape).requires_grad_()
+    tape.uses.append(LeafUse(tape, function, Slot(source, slot.names), leaf))
     return leaf
 
 
@@ -100,7 +109,7 @@ def elementwise(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: Mapping[st
         # A scalar does not take part in type promotion; expanded, it would.
         others = [t for t in tensors if t is not value and t.ndim > 0]
         cast = value.to(others[0].dtype) if value.ndim == 0 and others and others[0].is_floating_point() else value
-        return _repeat(tape, function_name(func), slot, cast.expand(shape))
+        return _repeat(tape, function_name(func), slot, cast, shape)
 
     new_args, new_kwargs = _replace(args, kwargs, expand)
     return func(*new_args, **new_kwargs)
@@ -113,7 +122,8 @@ def joining(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
         if not isinstance(value, (list, tuple)):
             return value
         return [
-            _repeat(tape, function_name(func), slot, item) if (slot := tape.trained(item)) else item for item in value
+            _repeat(tape, function_name(func), slot, item, item.shape) if (slot := tape.trained(item)) else item
+            for item in value
         ]
 
     new_args, new_kwargs = _replace(args, kwargs, change)
@@ -139,5 +149,5 @@ def prelu(tape: Tape, func: Any, input: Tensor, weight: Tensor) -> Any:  # noqa:
     if slot is None:
         return func(input, weight)
     slope = weight.view(-1, *[1] * (input.ndim - 2)) if input.ndim > 1 else weight
-    leaf = _repeat(tape, "prelu", slot, slope.expand(input.shape))
+    leaf = _repeat(tape, "prelu", slot, slope, input.shape)
     return torch.where(input > 0, input, leaf * input)

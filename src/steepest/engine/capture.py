@@ -174,10 +174,11 @@ class Capture:
         probing = bool(uses) and layouts is None and len(rows) > 1
         grads = output_gradients(rows, uses, tape.params, None, keep or probing)
         if probing:
-            probes = []
-            for last, weights in enumerate(self._finder.weights(len(rows), rows.device)):
-                probes.append((weights, output_gradients(rows, uses, tape.params, weights, keep or not last)))
-            layouts = self._finder.find(uses, grads, probes, signature)
+
+            def probe(weights: Tensor, last: bool) -> list[Tensor]:
+                return output_gradients(rows, uses, tape.params, weights, keep or not last)
+
+            layouts = self._finder.find(uses, grads, probe, signature)
         elif layouts is None:
             layouts = single_row(uses, grads)
         return [use.record(grad, layout, len(rows)) for use, grad, layout in zip(uses, grads, layouts, strict=True)]

@@ -5,12 +5,12 @@ leading ones carries the rows is a property of the model: dimension 0 almost alw
 `torch.nn.MultiheadAttention`, merged with the positions after a ``view(B * T, D)``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Layout", "candidates", "resolve"]
+__all__ = ["Layout", "agrees", "candidates", "is_silent"]
 
 
 @dataclass(frozen=True)
@@ -76,34 +76,27 @@ def candidates(lead: tuple[int, ...], rows: int) -> Iterator[Layout]:
                 yield Layout(dim, size // rows, shared_major=True)
 
 
-def resolve(
-    full: Tensor, probes: Sequence[tuple[Tensor, Tensor]], num_lead: int, tolerance: Tensor
-) -> tuple[Layout | None, bool]:
-    """Choose the layout in which row n of the output gradient depends on row n of the losses alone.
+def agrees(layout: Layout, full: Tensor, probe: Tensor, weights: Tensor, tolerance: Tensor) -> bool:
+    """Tell whether row n of an output gradient depends on row n of the losses alone, read in a layout.
 
     Then the gradient of ``sum_n w_n r_n`` is row by row ``w_n`` times that of ``sum_n r_n``. The zeros among the
-    weights of a probe tell even weak interaction exactly; the others differ from row to row.
+    weights tell even weak interaction exactly; the others differ from row to row.
 
     Args:
+        layout: The layout.
         full: Gradient of the sum of all rows.
-        probes: Weights ``[rows]`` and the gradient of the sum of the rows so weighted.
-        num_lead: How many dimensions of the gradients may carry the rows.
+        probe: Gradient of the weighted sum.
+        weights: ``[rows]``, some of them zero.
         tolerance: Difference that rounding explains.
 
     Returns:
-        The layout (None: the rows interact, or no dimension fits) and whether the probes settle it, which they
-        cannot where the gradients are zero.
+        Whether the gradients are as they must be.
     """
-    possible = candidates(tuple(full.shape[:num_lead]), len(probes[0][0]))
-    if not tolerance.isfinite():  # nothing can be told; the optimizer refuses such a step itself
-        return next(possible, None), False
-    for layout in possible:
-        whole = layout.split(full).flatten(1)
-        if all(_agrees(whole, layout.split(probe).flatten(1), weights, tolerance) for weights, probe in probes):
-            return layout, all(bool(whole[weights == 0].any()) for weights, _ in probes)
-    return None, True
-
-
-def _agrees(whole: Tensor, probe: Tensor, weights: Tensor, tolerance: Tensor) -> bool:
+    whole, part = layout.split(full).flatten(1), layout.split(probe).flatten(1)
     expected = whole * weights.to(whole.dtype).unsqueeze(1)
-    return not probe[weights == 0].any() and bool((probe - expected).abs().amax() <= tolerance)
+    return not part[weights == 0].any() and bool((part - expected).abs().amax() <= tolerance)
+
+
+def is_silent(layout: Layout, full: Tensor, weights: Tensor) -> bool:
+    """Whether the rows that a probe leaves out have no gradient anyway, so that it proves nothing."""
+    return not layout.split(full)[weights == 0].any()

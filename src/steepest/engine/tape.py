@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from steepest.engine.layout import Layout
-from steepest.engine.records import MaterializedRecord, Record
+from steepest.engine.records import CHUNK_BYTES, MaterializedRecord, Record
 from steepest.errors import CaptureError, UnsupportedModelError
 
 __all__ = ["REFERENCE_REMEDY", "Slot", "Tape", "Use", "function_name", "refusal"]
@@ -77,7 +77,7 @@ class Use(ABC):
         self.sizes = tuple(out.shape)
         # The edge of this moment: later in-place edits of the output do not move it. An in-place edit of a view
         # rewrites the view's own edge, but not its base's.
-        base = out._base if out._is_view() and _same_order(out, out._base) else None
+        base = out._base if out._is_view() and _stands_for(out, out._base) else None
         self.edge: GradientEdge = get_gradient_edge(out if base is None else base)
         self._inputs = None if inputs is None else inputs.detach()
         self._version = None if inputs is None else inputs._version
@@ -131,22 +131,36 @@ class Use(ABC):
                 f"{self.function}. Remedy: replace the in-place operation by its out-of-place form."
             )
 
-    def _pull_back(self, slot: Slot, grads: Tensor) -> dict[str, Tensor]:
-        """Chain per-sample gradients of a computed tensor to the parameters it was computed from."""
+    def _pull_back(self, slot: Slot, grads: Tensor, through: int | None = None) -> dict[str, Tensor]:
+        """Chain per-sample gradients of a computed tensor to the parameters it was computed from.
+
+        Args:
+            slot: The tensor.
+            grads: ``[R, *shape]``.
+            through: Size of the largest tensor on the way, which the backward makes for every row.
+
+        Returns:
+            ``[R, *shape]`` for each parameter.
+        """
         params = [self._params[name] for name in slot.names]
-        pulled = torch.autograd.grad(
-            slot.tensor,
-            params,
-            grads.to(slot.tensor.dtype),
-            retain_graph=True,
-            is_grads_batched=True,
-            allow_unused=True,
-        )
-        return {n: g for n, g in zip(slot.names, pulled, strict=True) if g is not None}
+        size = max(through or 0, slot.tensor.numel()) * grads.itemsize
+        pulled = [
+            torch.autograd.grad(slot.tensor, params, part, retain_graph=True, is_grads_batched=True, allow_unused=True)
+            for part in grads.to(slot.tensor.dtype).split(max(1, CHUNK_BYTES // max(1, size)))
+        ]
+        columns = zip(slot.names, zip(*pulled, strict=True), strict=True)
+        return {name: torch.cat(parts) for name, parts in columns if parts[0] is not None}
 
 
-def _same_order(view: Tensor, base: Tensor | None) -> bool:
-    return base is not None and view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+def _stands_for(view: Tensor, base: Tensor | None) -> bool:
+    """Whether a view's base holds the same numbers in the same order, with a gradient."""
+    return (
+        base is not None
+        and base.requires_grad
+        and view.numel() == base.numel()
+        and view.is_contiguous()
+        and base.is_contiguous()
+    )
 
 
 class Tape:
