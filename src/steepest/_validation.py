@@ -41,9 +41,7 @@ def check_real(
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-    inside = (low < number if open_low else low <= number) and (
-        number < high if open_high else number <= high
-    )
+    inside = (low < number if open_low else low <= number) and (number < high if open_high else number <= high)
     if not (math.isfinite(number) and inside):
         raise InvalidOptionError(f"{name}={value!r}: give a finite number in {interval}.")
     return number

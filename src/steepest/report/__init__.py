@@ -1,0 +1,1 @@
+"""Records to tables and plots; imports nothing heavy by itself."""

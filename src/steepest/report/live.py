@@ -1,0 +1,196 @@
+"""Progress of a comparison: a live display on a terminal, plain lines elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from steepest.training.records import EpochPoint, RunRecord
+from steepest.training.registry import get_optimizer
+from steepest.training.spec import RunSpec
+
+__all__ = ["LiveListener", "PlainListener", "listener_for", "run_line"]
+
+_SHOWN_RUNS = 8
+
+
+def run_line(spec: RunSpec, record: RunRecord, *, resumed: bool) -> str:
+    """One line about a run that is done.
+
+    Args:
+        spec: The run.
+        record: Its record.
+        resumed: Whether it was there before.
+
+    Returns:
+        The line.
+    """
+    parts = [f"{spec.task:<13} {get_optimizer(spec.optimizer).label:<7} seed {spec.seed:<4}"]
+    if record.final is not None and record.final.val_loss is not None:
+        parts.append(f"val loss {record.final.val_loss:<9.3g}")
+    parts.append(f"{record.seconds:7.2f} s")
+    if "lr" in record.options:
+        parts.append(f"lr {record.options['lr']:<7g}")
+    parts.append("already recorded" if resumed else record.status.replace("_", " "))
+    if record.error is not None and not resumed:
+        parts.append(f"({' '.join(record.error.split())[:160]})")
+    return "  ".join(parts)
+
+
+class PlainListener:
+    """One line per run, for files and pipes.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._place = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, value, trace
+
+    def begin(self, title: str, total: int) -> None:
+        """Announce a series of runs.
+
+        Args:
+            title: What they are.
+            total: How many.
+        """
+        self._print(f"{title}: {total} runs")
+
+    def run_started(self, spec: RunSpec, number: int, total: int) -> None:
+        """Remember the place of the run.
+
+        Args:
+            spec: The run.
+            number: Its number, from 1.
+            total: How many there are.
+        """
+        del spec
+        self._place = f"[{number:>{len(str(total))}}/{total}] "
+
+    def epoch_done(self, spec: RunSpec, point: EpochPoint) -> None:
+        """Nothing: a line per epoch would be too many.
+
+        Args:
+            spec: The run.
+            point: Its new point.
+        """
+
+    def run_done(self, spec: RunSpec, record: RunRecord, *, resumed: bool) -> None:
+        """Print the run's line.
+
+        Args:
+            spec: The run.
+            record: Its record.
+            resumed: Whether it was there before.
+        """
+        self._print(("" if resumed else self._place) + run_line(spec, record, resumed=resumed))
+
+    def _print(self, line: str) -> None:
+        # Text, not str: brackets in a user's names are no markup. Long lines stay whole.
+        self._console.print(Text(line), soft_wrap=True)
+
+
+class LiveListener:
+    """Bars for all runs and for the current one, and the latest results, redrawn in place.
+
+    Args:
+        console: A terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+        )
+        self._all = self._progress.add_task("runs", total=None, note="")
+        self._run = self._progress.add_task("", total=None, note="", visible=False)
+        self._lines: list[Text] = []
+        self._live = Live(self._group(), console=console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, value, trace
+        self._live.stop()
+
+    def begin(self, title: str, total: int) -> None:
+        """Start the bar of a series of runs.
+
+        Args:
+            title: What they are.
+            total: How many.
+        """
+        self._progress.reset(self._all, total=total, description=title, note="")
+
+    def run_started(self, spec: RunSpec, number: int, total: int) -> None:
+        """Start the bar of a run.
+
+        Args:
+            spec: The run.
+            number: Its number, from 1.
+            total: How many there are.
+        """
+        del number, total
+        label = f"{spec.task} {get_optimizer(spec.optimizer).label} seed {spec.seed}"
+        self._progress.reset(self._run, total=spec.epochs, description=label, visible=True, note="")
+
+    def epoch_done(self, spec: RunSpec, point: EpochPoint) -> None:
+        """Move the bar of the run.
+
+        Args:
+            spec: The run.
+            point: Its new point.
+        """
+        del spec
+        loss = "not finite" if point.val_loss is None else f"{point.val_loss:.3g}"
+        note = f"val loss {loss}  {point.seconds:.1f} s"
+        self._progress.update(self._run, completed=point.epoch, note=note)
+
+    def run_done(self, spec: RunSpec, record: RunRecord, *, resumed: bool) -> None:
+        """Add the run's line.
+
+        Args:
+            spec: The run.
+            record: Its record.
+            resumed: Whether it was there before.
+        """
+        style = {"finished": "", "diverged": "yellow"}.get(record.status, "red")
+        self._lines.append(Text(run_line(spec, record, resumed=resumed), style=style, overflow="ellipsis"))
+        self._progress.advance(self._all)
+        self._progress.update(self._run, visible=False)
+        self._live.update(self._group())
+
+    def _group(self) -> Group:
+        return Group(*self._lines[-_SHOWN_RUNS:], self._progress)
+
+
+def listener_for(console: Console) -> LiveListener | PlainListener:
+    """The display that suits an output.
+
+    Args:
+        console: Where to.
+
+    Returns:
+        A live display for a terminal, plain lines for anything else.
+    """
+    return LiveListener(console) if console.is_terminal else PlainListener(console)

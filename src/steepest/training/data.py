@@ -1,0 +1,148 @@
+"""Tensors of a task: splits by a seeded generator, standardisation, the order of the batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steepest.errors import InvalidOptionError
+
+__all__ = ["Split", "Splits", "batches", "epoch_order", "split_three_ways", "standardise"]
+
+# Odd, so that (seed, epoch) pairs do not collide for any run one would make.
+_EPOCH_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets of one part of the data, first axis over samples."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    def to(self, device: str) -> "Split":
+        """Copy to a device.
+
+        Args:
+            device: A torch device, such as "cpu" or "cuda".
+
+        Returns:
+            The split on that device.
+        """
+        return Split(self.inputs.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test data of one task."""
+
+    train: Split
+    val: Split
+    test: Split
+
+    def to(self, device: str) -> "Splits":
+        """Copy all three to a device.
+
+        Args:
+            device: A torch device, such as "cpu" or "cuda".
+
+        Returns:
+            The splits on that device.
+        """
+        return Splits(self.train.to(device), self.val.to(device), self.test.to(device))
+
+
+def split_three_ways(inputs: Tensor, targets: Tensor, *, seed: int, val: float = 0.2, test: float = 0.2) -> Splits:
+    """Shuffle with a generator of its own and cut into train, validation and test.
+
+    Args:
+        inputs: `[N, ...]`.
+        targets: `[N, ...]`.
+        seed: Seed of the shuffle; the same seed gives the same split on every machine.
+        val: Fraction kept for validation.
+        test: Fraction kept for the test.
+
+    Returns:
+        The three parts; together they hold every sample once.
+
+    Raises:
+        InvalidOptionError: If a part would be empty.
+    """
+    total = inputs.shape[0]
+    num_val, num_test = int(total * val), int(total * test)
+    if min(num_val, num_test, total - num_val - num_test) < 1:
+        raise InvalidOptionError(
+            f"{total} samples cannot be split with val={val} and test={test}: a part would be empty; "
+            "give more samples or other fractions"
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    parts = order[num_val + num_test :], order[:num_val], order[num_val : num_val + num_test]
+    return Splits(*(Split(inputs[index], targets[index]) for index in parts))
+
+
+def standardise(splits: Splits, *, targets: bool = False) -> Splits:
+    """Subtract the mean and divide by the standard deviation of the training split.
+
+    Columns that are constant in the training split are only centred.
+
+    Args:
+        splits: The parts; validation and test never touch the statistics.
+        targets: Whether the targets are standardised too.
+
+    Returns:
+        New splits.
+    """
+
+    def scaled(part: Tensor, reference: Tensor) -> Tensor:
+        scale = reference.std(dim=0, correction=0)
+        return (part - reference.mean(dim=0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
+
+    train = splits.train
+
+    def convert(split: Split) -> Split:
+        return Split(
+            scaled(split.inputs, train.inputs),
+            scaled(split.targets, train.targets) if targets else split.targets,
+        )
+
+    return Splits(convert(splits.train), convert(splits.val), convert(splits.test))
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
+    """Order of the samples in one epoch: a function of seed and epoch alone.
+
+    It does not touch torch's global generator, so an optimizer that draws random numbers sees the same
+    batches as one that does not.
+
+    Args:
+        num_samples: Size of the training split.
+        seed: Seed of the run.
+        epoch: 1 for the first epoch.
+
+    Returns:
+        A permutation of `range(num_samples)`.
+    """
+    generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
+    return torch.randperm(num_samples, generator=generator)
+
+
+def batches(split: Split, *, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut one epoch into batches of equal size; the incomplete last one is dropped.
+
+    Args:
+        split: The training split.
+        batch_size: Samples per batch.
+        seed: Seed of the run.
+        epoch: 1 for the first epoch.
+
+    Yields:
+        Inputs and targets of one batch.
+    """
+    order = epoch_order(len(split), seed=seed, epoch=epoch).to(split.inputs.device)
+    for start in range(0, len(split) - batch_size + 1, batch_size):
+        index = order[start : start + batch_size]
+        yield split.inputs[index], split.targets[index]

@@ -1,0 +1,85 @@
+"""Each run in a process of its own: no run leaves anything to the next, and a crash is one run's crash.
+
+On POSIX a fork server with torch already imported makes the processes, so that one costs milliseconds
+instead of the seconds that importing torch takes.
+"""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+
+from steepest.training.execute import Outcome, execute, make_record
+from steepest.training.records import EpochPoint, RunRecord
+from steepest.training.spec import RunSpec
+
+__all__ = ["execute_isolated"]
+
+# torch._dynamo: torch's optimizers import it when the first one is made, which takes two seconds.
+_PRELOAD = ["torch._dynamo", "sklearn.datasets", "steepest.optim", "steepest.training.isolate"]
+
+
+@cache
+def _context() -> BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _child(connection: Connection, spec: RunSpec) -> None:
+    # Ctrl-C reaches the whole group of processes; the parent decides what becomes of this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        connection.send(execute(spec, connection.send, own_process=True))
+    except BrokenPipeError:
+        return  # the parent is gone, nobody waits for this run
+    finally:
+        connection.close()
+
+
+def execute_isolated(
+    spec: RunSpec,
+    on_epoch: Callable[[EpochPoint], None] = lambda _point: None,
+    *,
+    timeout: float | None = None,
+) -> RunRecord:
+    """Make a run in a new process.
+
+    Args:
+        spec: The run.
+        on_epoch: Called, in this process, with every new point of the history.
+        timeout: Most seconds of wall-clock time for the run, everything included.
+
+    Returns:
+        The record; a process that died or ran out of time has one too.
+    """
+    receiver, sender = _context().Pipe(duplex=False)
+    process = _context().Process(target=_child, args=(sender, spec), daemon=True)  # type: ignore[attr-defined]
+    outcome = Outcome()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            message = receiver.recv()
+            if isinstance(message, RunRecord):
+                return message
+            outcome.history.append(message)
+            outcome.steps, outcome.seconds = message.steps, message.seconds
+            on_epoch(message)
+        outcome.status, outcome.error = "timed_out", f"not finished after {timeout:g} s of wall-clock time"
+    except EOFError:
+        process.join()
+        outcome.status = "failed"
+        outcome.error = f"the process of the run ended with exit code {process.exitcode}"
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
+        receiver.close()
+    return make_record(spec, outcome)

@@ -1,0 +1,67 @@
+"""What an optimizer entry is: constructor, how it takes a step, own defaults, range to tune."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from steepest.training.options import OptionSpec, option_specs
+from steepest.training.steps import StepFunction
+
+__all__ = ["OptimizerEntry"]
+
+
+def _no_diagnostics(_optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One entry of the optimizer registry.
+
+    Attributes:
+        name: Name on the command line.
+        label: Name in tables and plots.
+        description: One line for people.
+        constructor: Returns the class; called late, so that an entry imports nothing heavy.
+        takes: What the constructor's first argument is.
+        step: How it takes a step, given its options.
+        lr_range: Smallest and largest learning rate of the tuning grid.
+        options: Options that differ from the constructor's defaults in every task.
+        diagnose: Numbers about the last step, for the records.
+        colour: Its colour in plots.
+    """
+
+    name: str
+    label: str
+    description: str
+    constructor: Callable[[], Callable[..., torch.optim.Optimizer]]
+    takes: Literal["model", "parameters"]
+    step: Callable[[Mapping[str, object]], StepFunction]
+    lr_range: tuple[float, float]
+    options: Mapping[str, object] = field(default_factory=dict)
+    diagnose: Callable[[torch.optim.Optimizer], dict[str, float]] = _no_diagnostics
+    colour: str = "#444444"
+
+    def specs(self) -> dict[str, OptionSpec]:
+        """Options that a user may set, read from the constructor's signature.
+
+        Returns:
+            Specification by option name.
+        """
+        return option_specs(self.constructor())
+
+    def build(self, model: nn.Module, options: Mapping[str, object]) -> torch.optim.Optimizer:
+        """Make the optimizer for a model.
+
+        Args:
+            model: The model to train.
+            options: Checked options.
+
+        Returns:
+            The optimizer.
+        """
+        subject = model if self.takes == "model" else model.parameters()
+        return self.constructor()(subject, **options)

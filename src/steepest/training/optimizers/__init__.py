@@ -1,0 +1,1 @@
+"""One module per optimizer; `ENTRIES` of each is what the registry collects."""

@@ -1,0 +1,71 @@
+"""One run, described completely: two equal descriptions give the same numbers on the same machine."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from steepest.training.convert import plain
+
+__all__ = ["RunSpec", "package_version"]
+
+Schedule = Literal["constant", "linear"]
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package, without importing it.
+
+    Args:
+        name: Name of the distribution.
+
+    Returns:
+        The version, or "unknown" where the package runs from its source without being installed.
+    """
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run to be made.
+
+    Attributes:
+        task: Name of the task.
+        optimizer: Name of the optimizer.
+        options: Options given to the optimizer's constructor.
+        seed: Seed of initialisation and data order.
+        data_seed: Seed of the splits, the same for all runs that are compared.
+        epochs: Most passes over the training split; None leaves only the seconds.
+        seconds: Most seconds of training, evaluation not counted; None leaves only the epochs.
+        schedule: Learning rate over the budget: as given, or falling linearly to zero.
+        batch_size: Samples per step.
+        device: Torch device.
+        threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.
+    """
+
+    task: str
+    optimizer: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    seed: int = 0
+    data_seed: int = 0
+    epochs: int | None = None
+    seconds: float | None = None
+    schedule: Schedule = "linear"
+    batch_size: int = 32
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def key(self) -> str:
+        """Short hash of everything that decides the run's numbers, versions included.
+
+        Returns:
+            12 hexadecimal digits.
+        """
+        content = asdict(replace(self, options={})) | {"options": plain(self.options)}
+        content |= {"steepest": package_version("steepest"), "torch": package_version("torch")}
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""One module per task family; `ENTRIES` of each is what the registry collects."""

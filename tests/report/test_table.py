@@ -1,0 +1,80 @@
+"""Tables on terminals of several widths, in pipes and in Markdown."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from made import make_record
+from steepest.report.summary import summarise
+from steepest.report.table import cells, headings, markdown_table, print_task_table, summary_json
+
+RECORDS = [
+    make_record(optimizer=name, seed=seed, loss=loss)
+    for name, loss in (("sven", 1e-8), ("sgd", 1e-3))
+    for seed in range(3)
+] + [make_record(optimizer="adam", seed=0, status="diverged", error="nan", final=None)]
+
+
+def printed(width: int, *, terminal: bool, title: str = "a title") -> str:
+    (summary,) = summarise(RECORDS)
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=terminal, color_system=None)
+    print_task_table(console, summary, title=title, caption="a caption")
+    return file.getvalue()
+
+
+def test_a_pipe_gets_everything_on_one_line_per_optimizer() -> None:
+    text = printed(80, terminal=False)
+    assert "…" not in text
+    for heading in ("val loss", "test loss", "test R2", "seconds", "ms/step", "steps", "peak memory", "finished"):
+        assert heading in text
+    assert "±" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_gets_what_fits(width: int) -> None:
+    text = printed(width, terminal=True)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for heading in ("val loss", "test R2", "seconds", "peak memory", "finished"):
+        assert heading in text
+    assert ("±" in text) is (width == 200)
+
+
+def test_the_best_is_starred_and_a_diverged_run_is_shown() -> None:
+    (summary,) = summarise(RECORDS)
+    sven, sgd, adam = (dict(zip(headings(summary), cells(summary, row), strict=True)) for row in summary.rows)
+    assert sven["val loss"] == ("1e-08 ± 0", True)
+    assert sgd["val loss"][1] is False
+    assert adam["finished"][0] == "0/1 (1 diverged)"
+    assert adam["val loss"] == ("-", False)
+
+
+def test_text_of_a_user_is_no_markup() -> None:
+    assert "[red]odd[/red] [/nothing]" in printed(200, terminal=False, title="[red]odd[/red] [/nothing]")
+
+
+def test_markdown_has_one_line_per_optimizer_and_the_best_in_bold() -> None:
+    (summary,) = summarise(RECORDS)
+    lines = markdown_table(summary).splitlines()
+    assert len(lines) == 2 + 3
+    assert len({line.count("|") for line in lines}) == 1
+    assert "**1e-08 ± 0**" in lines[2]
+
+
+def test_an_r2_next_to_one_shows_its_distance() -> None:
+    (summary,) = summarise([make_record(final=None)])
+    record = make_record()
+    assert record.final is not None
+    record.final.test_metrics["r2"] = 1 - 2.5e-8
+    (summary,) = summarise([record])
+    assert dict(zip(headings(summary), cells(summary, summary.rows[0]), strict=True))["test R2"][0] == "1 - 2.5e-08"
+
+
+def test_json_is_json() -> None:
+    data = json.loads(json.dumps(summary_json(summarise(RECORDS))))
+    assert data[0]["rows"][0]["numbers"]["val_loss"]["count"] == 3

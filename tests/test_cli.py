@@ -1,0 +1,234 @@
+"""The command line: what it prints, how it fails, how it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from steepest import __version__
+from steepest.cli import run
+from steepest.training.records import RecordStore, RunRecord
+
+SMALL = ["compare", "diabetes", "--optimizers", "sgd,adam", "--seeds", "2", "--epochs", "2"]
+STEEPEST = [sys.executable, "-m", "steepest.cli"]
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small comparison, made once."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert run([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def results(folder: Path) -> dict[str, tuple[object, ...]]:
+    """What must not depend on interruptions: the numbers of each run."""
+    records = [RunRecord.from_line(path.read_text(), str(path)) for path in folder.glob("records/*.jsonl")]
+    return {
+        f"{record.task} {record.optimizer} {record.seed}": (
+            record.final,
+            record.fingerprint,
+            *[(point.val_loss, point.train_loss) for point in record.history],
+        )
+        for record in records
+    }
+
+
+def test_a_comparison_leaves_records_tables_and_plots(compared: Path, capsys: Capsys) -> None:
+    assert len(RecordStore(compared / "records").read_all()) == 4
+    assert {path.name for path in compared.rglob("*.*") if path.suffix != ".jsonl"} == {
+        "summary.json",
+        "summary.md",
+        "diabetes.svg",
+        "diabetes.png",
+    }
+    assert run([*SMALL, "--out", str(compared)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("already recorded") == 4
+    for word in ("SGD", "Adam", "val loss", "test R2", "2/2", str(compared / "summary.md"), "diabetes.svg"):
+        assert word in shown.out
+
+
+def test_json_is_all_there_is_on_standard_output(compared: Path, capsys: Capsys) -> None:
+    assert run([*SMALL, "--out", str(compared), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["optimizer"] for row in data["tasks"][0]["rows"]] == ["sgd", "adam"]
+    assert all(Path(path).exists() for paths in data["files"].values() for path in paths)
+
+
+def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsys) -> None:
+    small = ["compare", "diabetes", "-o", "sgd", "--seeds", "1", "--epochs", "1", "--tune", "2"]
+    assert run([*small, "--out", str(tmp_path)]) == 0
+    assert "tuned diabetes sgd: lr" in capsys.readouterr().out
+    assert {record.seed for record in RecordStore(tmp_path / "tuning").read_all()} == {1000, 1001, 1002}
+    assert {record.seed for record in RecordStore(tmp_path / "records").read_all()} == {0}
+
+
+def test_a_diverged_run_is_a_result_and_a_failed_one_is_an_error(tmp_path: Path, capsys: Capsys) -> None:
+    small = ["compare", "digits", "--seeds", "1", "--epochs", "1"]
+    assert run([*small, "-o", "sgd", "--set", "sgd.lr=1e12", "--out", str(tmp_path / "a")]) == 0
+    assert "0/1 (1 diverged)" in capsys.readouterr().out
+    assert run([*small, "-o", "sven", "--set", "sven.rows=residuals", "--out", str(tmp_path / "b")]) == 1
+    shown = capsys.readouterr()
+    assert "0/1 (1 failed)" in shown.out
+    assert "rows='losses'" in shown.err
+
+
+BAD = {
+    "no such command": (["train-all"], "No such command 'train-all'"),
+    "no such flag": (["compare", "digits", "--epoch", "3"], "No such option"),
+    "no task": (["compare"], "Missing argument"),
+    "no such task": (["compare", "digit"], "did you mean 'digits'"),
+    "no such optimizer": (["compare", "digits", "-o", "adm"], "did you mean 'adam'"),
+    "empty optimizers": (["compare", "digits", "-o", ","], "no optimizer was named"),
+    "same optimizer twice": (["compare", "digits", "-o", "sgd,sgd"], "named twice"),
+    "epochs is text": (["compare", "digits", "--epochs", "many"], "Invalid value for '--epochs'"),
+    "no epochs": (["compare", "digits", "--epochs", "0"], "must be a finite number above 0"),
+    "no seeds": (["compare", "digits", "--seeds", "0"], "no seed was given"),
+    "negative budget": (["compare", "digits", "--budget-seconds", "-1"], "budget of seconds is -1"),
+    "endless budget": (["compare", "digits", "--budget-seconds", "inf"], "budget of seconds is inf"),
+    "negative timeout": (["compare", "digits", "--timeout", "-3"], "timeout is -3"),
+    "no such schedule": (["compare", "digits", "--schedule", "linaer"], "did you mean 'linear'"),
+    "setting without value": (["compare", "digits", "--set", "sgd.lr"], "write OPTIMIZER.OPTION=VALUE"),
+    "setting without optimizer": (["compare", "digits", "--set", "lr=1"], "write OPTIMIZER.OPTION=VALUE"),
+    "setting of an unknown option": (["compare", "digits", "--set", "sgd.momentun=1"], "did you mean 'momentum'"),
+    "setting of the wrong type": (["compare", "digits", "--set", "sgd.lr=fast"], "sgd.lr got 'fast': it takes float"),
+    "impossible setting": (["compare", "digits", "--set", "sgd.lr=-1"], "Invalid learning rate"),
+    "setting of a stranger": (["compare", "digits", "-o", "sgd", "--set", "adam.lr=1"], "not compared"),
+    "lr set and tuned": (["compare", "digits", "--tune", "2", "--set", "sgd.lr=1"], "drop one of them"),
+    "no trials": (["compare", "digits", "--tune", "0"], "at least 1"),
+    "batch too large": (["compare", "digits", "--batch-size", "99999"], "use a smaller one"),
+    "no such device": (["compare", "digits", "--device", "gpu"], "device 'gpu'"),
+    "markup": (["compare", "[red]digits[/nothing]"], "unknown task '[red]digits[/nothing]'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("steepest: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(tmp_path: Path, capsys: Capsys) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert run([*SMALL, "--out", str(tmp_path / "taken")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "taken" in error
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_corrupt_record_is_one_line_and_the_others_stay(compared: Path, capsys: Capsys) -> None:
+    victim = sorted((compared / "records").glob("*.jsonl"))[0]
+    content = victim.read_text()
+    try:
+        victim.write_text(content[:100])
+        assert run([*SMALL, "--out", str(compared)]) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert victim.name in error.splitlines()[-1]
+        assert len(list((compared / "records").glob("*.jsonl"))) == 4
+    finally:
+        victim.write_text(content)
+
+
+def test_debug_shows_the_traceback(capsys: Capsys) -> None:
+    assert run(["compare", "digit", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_env_version_and_list(capsys: Capsys) -> None:
+    assert run(["env", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {"steepest", "torch", "python", "platform", "cpu", "threads", "dtype", "commit"} <= row.keys()
+    assert run(["env"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"steepest {__version__}\n"
+    assert run(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("toy_1d", "sven", "momentum", "TruncatedEigh(...)"))
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys\nfrom steepest.cli import run\ncode = run(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'scipy'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compare" in done.stdout
+
+
+def _start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*STEEPEST, *arguments, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_records(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("records/*.jsonl"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+INTERRUPTED = ["compare", "diabetes", "-o", "sgd,adam", "--seeds", "3", "--epochs", "60"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an interrupted comparison must end with."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run([*INTERRUPTED, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="process groups and signals of POSIX")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_comparison_goes_on_and_ends_bit_identical(
+    stop: signal.Signals, tmp_path: Path, uninterrupted: Path
+) -> None:
+    process = _start(INTERRUPTED, tmp_path / "cut")
+    try:
+        _wait_for_records(tmp_path / "cut", 2)
+        # Ctrl-C reaches the whole group of processes; kill -9 only the one that it names.
+        (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+        output, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    finished = results(tmp_path / "cut")
+    assert 2 <= len(finished) < 6
+    if stop == signal.SIGINT:
+        assert process.returncode == 130, error
+        assert "Traceback" not in error
+        assert "interrupted; the finished runs are in" in error
+        assert output == ""
+    assert run([*INTERRUPTED, "--out", str(tmp_path / "cut")]) == 0
+    resumed = results(tmp_path / "cut")
+    assert resumed == results(uninterrupted)
+    assert finished.items() <= resumed.items()
+    assert not list((tmp_path / "cut").rglob("*.tmp"))

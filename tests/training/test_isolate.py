@@ -1,0 +1,58 @@
+"""Runs in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from steepest.training.execute import execute
+from steepest.training.isolate import execute_isolated
+from steepest.training.records import EpochPoint
+from steepest.training.spec import RunSpec
+
+SPEC = RunSpec("diabetes", "adam", {"lr": 0.01}, epochs=2, batch_size=32)
+
+
+def test_a_run_gives_the_same_numbers_in_its_own_process() -> None:
+    points: list[EpochPoint] = []
+    record = execute_isolated(SPEC, points.append)
+    assert record.status == "finished", record.error
+    assert record.final == execute(SPEC).final
+    assert tuple(points) == record.history
+
+
+def test_memory_is_measured_in_its_own_process_and_grows_with_the_optimizer_state() -> None:
+    adam, sgd = execute_isolated(SPEC), execute_isolated(replace(SPEC, optimizer="sgd"))
+    assert adam.num_parameters is not None
+    assert adam.peak_memory is not None
+    assert sgd.peak_memory is not None
+    # At least gradients and two moments in float32 for Adam, gradients alone for SGD without momentum.
+    assert adam.peak_memory > 3 * 4 * adam.num_parameters
+    assert adam.peak_memory > sgd.peak_memory > 4 * adam.num_parameters
+    assert "beyond model and data" in adam.memory_kind
+    assert execute(SPEC).peak_memory is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_a_process_that_dies_leaves_a_failed_record() -> None:
+    def kill(point: EpochPoint) -> None:
+        if point.epoch == 1:
+            for child in multiprocessing.active_children():
+                os.kill(int(child.pid or 0), signal.SIGKILL)
+
+    record = execute_isolated(replace(SPEC, epochs=100_000), kill)
+    assert record.status == "failed"
+    assert "the process of the run ended with exit code" in str(record.error)
+    assert record.steps >= 8
+    assert len(record.history) >= 2
+
+
+def test_a_run_that_takes_too_long_is_timed_out() -> None:
+    record = execute_isolated(replace(SPEC, epochs=100_000), timeout=1.0)
+    assert record.status == "timed_out"
+    assert "not finished after 1 s" in str(record.error)
+    assert not multiprocessing.active_children()
