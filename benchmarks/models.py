@@ -1,6 +1,7 @@
 """The models of the speed benchmarks: two MLPs, a small GPT, a ResNet-18 with GroupNorm."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width, following in zip(widths, widths[1:], strict=False):
+    for width, following in pairwise(widths):
         layers += [nn.Linear(width, following), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 

@@ -1,15 +1,22 @@
-"""steepest: geometry-aware training of neural networks in PyTorch."""
+"""steepest: geometry-aware training of neural networks in PyTorch.
 
-from steepest.engine import Capture, Jacobian, ReferenceCapture
-from steepest.errors import (
-    CaptureError,
-    ClosureError,
-    InvalidOptionError,
-    NonFiniteError,
-    SteepestError,
-    UnsupportedModelError,
-)
-from steepest.optim import Damped, RandomizedSVD, Sven, TruncatedEigh, TruncatedSVD
+Names are imported when they are first used, so that the command line starts without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steepest.engine import Capture, Jacobian, ReferenceCapture
+    from steepest.errors import (
+        CaptureError,
+        ClosureError,
+        InvalidOptionError,
+        NonFiniteError,
+        SteepestError,
+        UnsupportedModelError,
+    )
+    from steepest.optim import Damped, RandomizedSVD, Sven, TruncatedEigh, TruncatedSVD
 
 __version__ = "0.1.0"
 
@@ -30,3 +37,31 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
 ]
+
+_ROOMS = {
+    "engine": ("Capture", "Jacobian", "ReferenceCapture"),
+    "errors": (
+        "CaptureError",
+        "ClosureError",
+        "InvalidOptionError",
+        "NonFiniteError",
+        "SteepestError",
+        "UnsupportedModelError",
+    ),
+    "optim": ("Damped", "RandomizedSVD", "Sven", "TruncatedEigh", "TruncatedSVD"),
+}
+_HOMES = {name: f"steepest.{room}" for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value: object = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:  # `steepest.optim` after `import steepest`
+        return import_module(f"steepest.{name}")
+    raise AttributeError(f"module 'steepest' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

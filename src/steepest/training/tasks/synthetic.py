@@ -95,7 +95,11 @@ ENTRIES = [
         batch_size=32,
         epochs=20,
         options={
-            "sven": {"lr": 1.0, "rows": "residuals", "solver": {"type": "Damped", "damping": 1e-6}},
+            "sven": {
+                "lr": 0.215,
+                "rows": "residuals",
+                "solver": {"type": "TruncatedEigh", "rtol": 1e-6, "exponent": 0.5},
+            },
             "sgd": {"lr": 0.1},
             "adam": {"lr": 0.0949},
             "lbfgs": {"lr": 0.01},
