@@ -14,22 +14,31 @@ from pathlib import Path
 from records import write
 
 AS_AUTHORS = ("rows=losses", "max_norm_ratio=none")
+LOSSES, RESIDUALS = ("rows=losses",), ("rows=residuals",)
+TRUNCATED = "solver=TruncatedEigh(rank=32,rtol=1e-4)"
+HALF = "solver=TruncatedEigh(rtol=1e-6,exponent=0.5)"
 # problem, what, schedule, options, published or None
 CASES = [
-    ("toy_1d", "as the authors", "constant", (*AS_AUTHORS, "lr=0.01", "solver=TruncatedEigh(rank=32,rtol=1e-4)"), 5.1e-7),
-    ("toy_1d", "falling lr, guard", "linear", ("rows=losses", "lr=0.02", "solver=TruncatedEigh(rank=32,rtol=1e-4)"), None),
-    ("toy_1d", "residuals, damped", "linear", ("rows=residuals", "lr=0.1", "solver=Damped(damping=1e-6)"), None),
+    ("toy_1d", "as the authors", "constant", (*AS_AUTHORS, "lr=0.01", TRUNCATED), 5.1e-7),
+    ("toy_1d", "falling lr, guard", "linear", (*LOSSES, "lr=0.02", TRUNCATED), None),
+    ("toy_1d", "residuals, damped", "linear", (*RESIDUALS, "lr=0.1", "solver=Damped(damping=1e-6)"), None),
+    ("toy_1d", "residuals, half-inverse", "linear", (*RESIDUALS, "lr=0.215", HALF), None),
     (
-        "toy_1d", "residuals, half-inverse", "linear",
-        ("rows=residuals", "lr=0.215", "solver=TruncatedEigh(rtol=1e-6,exponent=0.5)"), None,
+        "polynomial",
+        "as the authors",
+        "constant",
+        (*AS_AUTHORS, "lr=0.5", "solver=TruncatedEigh(rank=16,rtol=3e-2)"),
+        0.139,
     ),
-    ("polynomial", "as the authors", "constant", (*AS_AUTHORS, "lr=0.5", "solver=TruncatedEigh(rank=16,rtol=3e-2)"), 0.139),
-    ("polynomial", "residuals, damped", "linear", ("rows=residuals", "lr=0.5", "solver=Damped(damping=0.1)"), None),
+    ("polynomial", "residuals, damped", "linear", (*RESIDUALS, "lr=0.5", "solver=Damped(damping=0.1)"), None),
     (
-        "polynomial", "residuals, half-inverse", "linear",
-        ("rows=residuals", "lr=0.3", "solver=Damped(damping=0.1,exponent=0.5)"), None,
+        "polynomial",
+        "residuals, damped half-inverse",
+        "linear",
+        (*RESIDUALS, "lr=0.3", "solver=Damped(damping=0.1,exponent=0.5)"),
+        None,
     ),
-]  # fmt: skip
+]
 
 
 def run(task: str, schedule: str, options: tuple[str, ...], out: Path) -> list[float]:
