@@ -64,11 +64,12 @@ format: $(STAMP) ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## speed of a Sven step against Adam's and of the Gram's forms, with records and tables
+bench: $(STAMP) ## Sven's step against Adam's, the Gram's two forms, the paper's problems: records and tables (15 minutes)
 	$(BIN)/python benchmarks/sven_step.py
 	$(BIN)/python benchmarks/gram_forms.py
+	$(BIN)/python benchmarks/sven_problems.py
 	@if $(BIN)/python -c 'import torchjd' 2>/dev/null; then $(BIN)/python benchmarks/torchjd_gram.py; \
-	  else echo "skipped: the comparison with torchjd, which 'make peers' installs"; fi
+	  else echo "torchjd_gram.py skipped: make peers installs torchjd"; fi
 
 peers: $(STAMP) ## install the libraries that some tests and benchmarks compare with
 	PIP_CONSTRAINT=$(VENV)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -e '.[cli,dev,peers]'
