@@ -97,9 +97,10 @@ def main() -> None:
             "sven_ms": 1e3 * statistics.median(s for _, s in pairs),
             "ratio": statistics.median(s / a for a, s in pairs),
             "target": target,
-            "adam_mb": memory["adam"] / 1e6,
-            "sven_mb": memory[solver] / 1e6,
-            "memory_ratio": memory[solver] / memory["adam"],
+            "adam_mb": memory["adam"][1],
+            "sven_mb": memory[solver][1],
+            "memory_ratio": memory[solver][1] / memory["adam"][1],
+            "first_mb": memory[solver][0],
         })
         print(
             {key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True
