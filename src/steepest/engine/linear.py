@@ -21,9 +21,9 @@ from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
 
-# Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form's skinny float64 products and the
-# reduction over positions costs this many of the materialised form's.
-_FACTORIZED_PENALTY = 1.5
+# Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form costs this many of the materialised
+# form's, which writes every per-sample gradient to memory and reads it back.
+_FACTORIZED_COST = 0.6
 
 
 def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out: int) -> bool:
@@ -41,7 +41,7 @@ def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out
     """
     factorized = rows * rows * shared * shared * (features_in + features_out + 2)
     materialized = features_in * features_out * rows * (shared + rows)
-    return _FACTORIZED_PENALTY * factorized < materialized
+    return _FACTORIZED_COST * factorized < materialized
 
 
 class LinearRecord(Record):
