@@ -268,3 +268,18 @@ def test_one_sample_without_a_batch_axis(name: str) -> None:
     factory, shape = UNBATCHED[name]
     model, x = factory().double(), torch.randn(shape, dtype=torch.float64)
     exact_or_refused(model, model, lambda: torch.tanh(model(x) - 0.2).square().sum().view(1))
+
+
+def test_a_table_indexed_by_the_data_is_an_embedding() -> None:
+    """Also with indices that count from the end."""
+
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.table[tokens]
+
+    model, tokens = Lookup(), torch.tensor([[0, 1], [4, -1], [-5, 2]])
+    assert not exact_or_refused(model, model, lambda: rows_of(model(tokens)))

@@ -50,6 +50,11 @@ COMPOSITE: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _is_lookup(table: Any, index: Any) -> bool:
+    """Whether ``table[index]`` picks rows by number, as an embedding does."""
+    return isinstance(index, Tensor) and index.dtype in {torch.int64, torch.int32} and table.ndim == 2
+
+
 class TapeMode(TorchFunctionMode):
     """Intercepts, within one ``with capture:`` block, every torch function that touches a parameter."""
 
@@ -88,6 +93,9 @@ class TapeMode(TorchFunctionMode):
         if func in COMPOSITE:
             with self:
                 return COMPOSITE[func](*args, **kwargs)
+        if function_name(func) == "__getitem__" and tape.slot(args[1]) is None and _is_lookup(*args):
+            table, index = args
+            return embedding.embedding(tape, F.embedding, torch.where(index < 0, index + len(table), index), table)
         numeric = func in RULES or function_name(func) in bare.ELEMENTWISE
         if not self._meets_data(args, kwargs, indices=numeric) and func is not F.embedding:
             return tape.derive(func(*args, **kwargs), slots)
@@ -114,8 +122,6 @@ class TapeMode(TorchFunctionMode):
         name = function_name(func)
         if func in RULES:
             return RULES[func](self._tape, func, *args, **kwargs)
-        if name == "__getitem__" and len(slots) == 1 and isinstance(args[1], Tensor) and args[0].ndim == 2:
-            return embedding.embedding(self._tape, F.embedding, args[1], args[0])
         if name in bare.ELEMENTWISE:
             return bare.elementwise(self._tape, func, args, kwargs)
         if name in bare.JOINING:
