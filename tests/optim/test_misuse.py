@@ -184,3 +184,13 @@ def test_parameters_that_are_zero_set_no_scale() -> None:
     opt = st.Sven(model, rows="residuals", lr=1.0)
     opt.step(lambda: model(X).squeeze(1) - Y)
     assert model.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("narrow", ["params", "capture"])
+def test_capture_and_params_must_agree(narrow: str) -> None:
+    model = small()
+    last = list(model[2].parameters())
+    params = last if narrow == "params" else list(model.parameters())
+    captured = last if narrow == "capture" else list(model.parameters())
+    with pytest.raises(st.InvalidOptionError, match="same parameters"):
+        st.Sven(model, params=params, capture=st.ReferenceCapture(model, params=captured))

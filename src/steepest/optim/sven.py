@@ -155,12 +155,15 @@ class Sven(Optimizer):
         return Capture(self._model, params=params, max_memory=self._max_memory)
 
     def _check_capture(self) -> None:
-        captured = {id(p) for p in self.capture.params.values()}
         for group in self.param_groups:
             check_real("lr", group["lr"], low=0)
             check_real("weight_decay", group["weight_decay"], low=0)
-            if any(id(p) not in captured for p in group["params"]):
-                raise InvalidOptionError("capture= does not cover all of params=: build it with the same parameters.")
+        trained = {id(p) for group in self.param_groups for p in group["params"]}
+        if trained != {id(p) for p in self.capture.params.values()}:
+            raise InvalidOptionError(
+                "capture= differentiates other parameters than params= trains: build it with the same parameters, as in "
+                "ReferenceCapture(model, params=...)."
+            )
 
     @property
     def rows(self) -> RowKind:
