@@ -144,10 +144,13 @@ def test_an_update_that_overflows_is_refused() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_groups_added_later_are_trained() -> None:
+@pytest.mark.parametrize("engine", [st.Capture, st.ReferenceCapture])
+def test_groups_added_later_are_trained(engine: type) -> None:
     model = small()
-    opt = st.Sven(model, params=model[2].parameters())
+    last = list(model[2].parameters())
+    opt = st.Sven(model, params=last, capture=engine(model, params=last))
     opt.add_param_group({"params": list(model[0].parameters())})
+    assert type(opt.capture) is engine
     before = [p.detach().clone() for p in model.parameters()]
     opt.step(lambda: squared(model))
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -141,18 +141,16 @@ class Sven(Optimizer):
         self._skip = on_nonfinite == "skip"
         self._model = model
         self._max_memory = max_memory
-        self._capture: Capture | ReferenceCapture | None = capture
         if params is None:
             params = [(n, p) for n, p in named_trainable(model, None).items()]
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        if capture is None:
-            self._capture = self._make_capture()
+        self._capture = self._make_capture() if capture is None else capture
         self._check_capture()
         self.diagnostics: SvenDiagnostics | None = None
 
-    def _make_capture(self) -> Capture:
+    def _make_capture(self, kind: type[Capture | ReferenceCapture] = Capture) -> Capture | ReferenceCapture:
         params = [p for group in self.param_groups for p in group["params"]]
-        return Capture(self._model, params=params, max_memory=self._max_memory)
+        return kind(self._model, params=params, max_memory=self._max_memory)
 
     def _check_capture(self) -> None:
         for group in self.param_groups:
@@ -161,8 +159,8 @@ class Sven(Optimizer):
         trained = {id(p) for group in self.param_groups for p in group["params"]}
         if trained != {id(p) for p in self.capture.params.values()}:
             raise InvalidOptionError(
-                "capture= differentiates other parameters than params= trains: build it with the same parameters, as in "
-                "ReferenceCapture(model, params=...)."
+                "capture= differentiates other parameters than params= trains: build it with the same parameters, "
+                "as in ReferenceCapture(model, params=...)."
             )
 
     @property
@@ -173,8 +171,6 @@ class Sven(Optimizer):
     @property
     def capture(self) -> Capture | ReferenceCapture:
         """The engine that differentiates the rows."""
-        if self._capture is None:
-            self._capture = self._make_capture()
         return self._capture
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -185,7 +181,7 @@ class Sven(Optimizer):
         """
         super().add_param_group(param_group)
         if hasattr(self, "diagnostics"):  # constructed: the engine must follow
-            self._capture = self._make_capture()
+            self._capture = self._make_capture(type(self.capture))
             self._check_capture()
 
     def __getstate__(self) -> dict[str, Any]:
