@@ -197,3 +197,16 @@ def test_capture_and_params_must_agree(narrow: str) -> None:
     captured = last if narrow == "capture" else list(model.parameters())
     with pytest.raises(st.InvalidOptionError, match="same parameters"):
         st.Sven(model, params=params, capture=st.ReferenceCapture(model, params=captured))
+
+
+def test_a_batch_that_is_fitted_already_does_not_stop_the_next() -> None:
+    """Its update is zero, and zero sets no scale for the guard either."""
+    model = small()
+    opt = st.Sven(model, rows="residuals", lr=0.5)
+    fitted = model(X).squeeze(1).detach()
+    opt.step(lambda: model(X).squeeze(1) - fitted)
+    before = squared(model).mean().item()
+    opt.step(lambda: model(X).squeeze(1) - Y)
+    assert opt.diagnostics is not None
+    assert opt.diagnostics.update_norm > 0
+    assert squared(model).mean().item() < before

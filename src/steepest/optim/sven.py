@@ -262,10 +262,10 @@ class Sven(Optimizer):
             limit = float(
                 torch.linalg.vector_norm(torch.stack([n.double().cpu() for n in torch._foreach_norm(params)]))
             )
-            limit = limit or norm  # parameters that are all zero set no scale
         else:
             limit = self._max_norm_ratio * memory["norm_mean"] / (1 - NORM_DECAY ** memory["step"])
-        return limit / norm if norm > limit else 1.0
+        # Parameters that are all zero, or updates that were so far, set no scale.
+        return limit / norm if norm > limit > 0 else 1.0
 
     def _apply(self, solution: Solution, scale: float, index: Mapping[str, Tensor]) -> None:
         names = {id(p): name for name, p in self.capture.params.items()}

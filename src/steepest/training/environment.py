@@ -1,5 +1,6 @@
 """The machine and the software of a run, for its record."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -20,12 +21,10 @@ def cpu_model() -> str:
     Returns:
         The name as the system gives it, or the architecture.
     """
-    try:
+    with contextlib.suppress(OSError):  # no Linux: the platform module knows the rest
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # no Linux: the platform module knows the rest
     return platform.processor() or platform.machine()
 
 

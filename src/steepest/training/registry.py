@@ -56,35 +56,17 @@ def optimizers() -> dict[str, OptimizerEntry]:
     return _collect("steepest.training.optimizers", OptimizerEntry)
 
 
+def _find(kind: str, name: str, entries: dict[str, _Entry]) -> _Entry:
+    if name not in entries:
+        raise UnknownNameError(unknown(kind, name, entries))
+    return entries[name]
+
+
 def get_task(name: str) -> Task:
-    """Look up a task.
-
-    Args:
-        name: Name on the command line.
-
-    Returns:
-        The entry.
-
-    Raises:
-        UnknownNameError: If there is none of that name; the message has the nearest one.
-    """
-    if name not in tasks():
-        raise UnknownNameError(unknown("task", name, tasks()))
-    return tasks()[name]
+    """Look up a task; an unknown name is told with the nearest one."""
+    return _find("task", name, tasks())
 
 
 def get_optimizer(name: str) -> OptimizerEntry:
-    """Look up an optimizer.
-
-    Args:
-        name: Name on the command line.
-
-    Returns:
-        The entry.
-
-    Raises:
-        UnknownNameError: If there is none of that name; the message has the nearest one.
-    """
-    if name not in optimizers():
-        raise UnknownNameError(unknown("optimizer", name, optimizers()))
-    return optimizers()[name]
+    """Look up an optimizer; an unknown name is told with the nearest one."""
+    return _find("optimizer", name, optimizers())
