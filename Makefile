@@ -40,7 +40,7 @@ endif
 	  $(if $(filter cpu,$(TORCH)),torch==$$(sed -n 's/^torch==//p' constraints.txt)) -e '.[cli,dev]'
 	@touch $@
 
-demo: $(STAMP) ## train digits, diabetes and toy_1d with Sven, SGD, Adam and L-BFGS; table and plots (about 2 minutes)
+demo: $(STAMP) ## train digits, diabetes and toy_1d with Sven, SGD, Adam and L-BFGS; tables and HTML report (about 2 minutes)
 	$(BIN)/steepest compare digits diabetes toy_1d --optimizers sven,sgd,adam,lbfgs --seeds 3 --out $(RUNS)/demo
 
 test: $(STAMP) ## format check, lint, types, import contracts, tests and doctests
@@ -68,6 +68,7 @@ bench: $(STAMP) ## Sven's step against Adam's, the Gram's two forms, the paper's
 	$(BIN)/python benchmarks/sven_step.py
 	$(BIN)/python benchmarks/gram_forms.py
 	$(BIN)/python benchmarks/sven_problems.py
+	$(BIN)/python benchmarks/loop_overhead.py
 	@if $(BIN)/python -c 'import torchjd' 2>/dev/null; then $(BIN)/python benchmarks/torchjd_gram.py; \
 	  else echo "torchjd_gram.py skipped: make peers installs torchjd"; fi
 

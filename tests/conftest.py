@@ -9,12 +9,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# Time limits per example measure the machine's other work, not the code.
+hypothesis.settings.register_profile("steepest", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steepest")
 
 MODULE_HOOKS = (
     "_forward_hooks",

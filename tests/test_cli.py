@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def results(folder: Path) -> dict[str, tuple[object, ...]]:
 def test_a_comparison_leaves_records_tables_and_plots(compared: Path, capsys: Capsys) -> None:
     assert len(RecordStore(compared / "records").read_all()) == 4
     assert {path.name for path in compared.rglob("*.*") if path.suffix != ".jsonl"} == {
+        "report.html",
         "summary.json",
         "summary.md",
         "diabetes.svg",
@@ -54,7 +56,15 @@ def test_a_comparison_leaves_records_tables_and_plots(compared: Path, capsys: Ca
     assert run([*SMALL, "--out", str(compared)]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("already recorded") == 4
-    for word in ("SGD", "Adam", "val loss", "test R2", "2/2", str(compared / "summary.md"), "diabetes.svg"):
+    for word in (
+        "SGD",
+        "Adam",
+        "val loss",
+        "test R2",
+        "2/2",
+        str(compared / "summary.md"),
+        str(compared / "report.html"),
+    ):
         assert word in shown.out
 
 
@@ -62,7 +72,7 @@ def test_json_is_all_there_is_on_standard_output(compared: Path, capsys: Capsys)
     assert run([*SMALL, "--out", str(compared), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert [row["optimizer"] for row in data["tasks"][0]["rows"]] == ["sgd", "adam"]
-    assert all(Path(path).exists() for paths in data["files"].values() for path in paths)
+    assert all(Path(path).exists() for path in data["files"].values() if isinstance(path, str))
 
 
 def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsys) -> None:
@@ -86,7 +96,7 @@ def test_a_diverged_run_is_a_result_and_a_failed_one_is_an_error(tmp_path: Path,
 BAD = {
     "no such command": (["train-all"], "No such command 'train-all'"),
     "no such flag": (["compare", "digits", "--epoch", "3"], "No such option"),
-    "no task": (["compare"], "Missing argument"),
+    "no task": (["compare"], "no task was named"),
     "no such task": (["compare", "digit"], "did you mean 'digits'"),
     "no such optimizer": (["compare", "digits", "-o", "adm"], "did you mean 'adam'"),
     "empty optimizers": (["compare", "digits", "-o", ","], "no optimizer was named"),
@@ -96,8 +106,14 @@ BAD = {
     "no seeds": (["compare", "digits", "--seeds", "0"], "no seed was given"),
     "negative budget": (["compare", "digits", "--budget-seconds", "-1"], "budget of seconds is -1"),
     "endless budget": (["compare", "digits", "--budget-seconds", "inf"], "budget of seconds is inf"),
+    "impossible goal": (["compare", "digits", "--goal", "-1"], "the goal is -1"),
+    "goal is text": (["compare", "digits", "--goal", "low"], "--goal 'low': write a validation loss"),
+    "goal of another task": (["compare", "digits", "--goal", "toy_1d=1"], "unknown task of a goal 'toy_1d'"),
     "negative timeout": (["compare", "digits", "--timeout", "-3"], "timeout is -3"),
-    "no such schedule": (["compare", "digits", "--schedule", "linaer"], "did you mean 'linear'"),
+    "no such schedule": (
+        ["compare", "digits", "--schedule", "linaer"],
+        "'schedule' is 'linaer': it takes 'constant' or",
+    ),
     "setting without value": (["compare", "digits", "--set", "sgd.lr"], "write OPTIMIZER.OPTION=VALUE"),
     "setting without optimizer": (["compare", "digits", "--set", "lr=1"], "write OPTIMIZER.OPTION=VALUE"),
     "setting of an unknown option": (["compare", "digits", "--set", "sgd.momentun=1"], "did you mean 'momentum'"),
@@ -105,9 +121,26 @@ BAD = {
     "impossible setting": (["compare", "digits", "--set", "sgd.lr=-1"], "Invalid learning rate"),
     "setting of a stranger": (["compare", "digits", "-o", "sgd", "--set", "adam.lr=1"], "not compared"),
     "lr set and tuned": (["compare", "digits", "--tune", "2", "--set", "sgd.lr=1"], "drop one of them"),
-    "no trials": (["compare", "digits", "--tune", "0"], "at least 1"),
+    "negative trials": (["compare", "digits", "--tune", "-1"], "at least 1"),
     "batch too large": (["compare", "digits", "--batch-size", "99999"], "use a smaller one"),
     "no such device": (["compare", "digits", "--device", "gpu"], "device 'gpu'"),
+    "no such model": (["compare", "digits", "--model", "mpl:3"], "did you mean 'mlp'"),
+    "no such file of settings": (
+        ["compare", "--config", "none.toml"],
+        "none.toml cannot be read as TOML: No such file",
+    ),
+    "target without a table": (["compare", "digits", "--target", "y"], "--target is for a table of your own"),
+    "no data folder": (["compare", "mnist", "--data", "nowhere"], "nowhere"),
+    "no such table": (["compare", "none.csv", "--target", "y"], "none.csv"),
+    "no such module": (["compare", "none_such:task"], "there is no module 'none_such' here"),
+    "report of nothing": (["report", "nowhere"], "nowhere does not exist"),
+    "train: no task": (["train"], "no task was named"),
+    "train: two optimizers": (["train", "digits", "-o", "sgd,adam"], "unknown optimizer 'sgd,adam'"),
+    "train: no such option": (["train", "digits", "-o", "sgd", "--set", "momentun=1"], "did you mean 'momentum'"),
+    "train: another's option": (["train", "digits", "-o", "sgd", "--set", "adam.lr=1"], "is sgd, not adam"),
+    "train: resume and fresh": (["train", "digits", "--resume", "--fresh"], "drop one of them"),
+    "train: nothing to resume": (["train", "--resume", "--out", "nowhere"], "no checkpoint in nowhere"),
+    "train: impossible period": (["train", "digits", "--checkpoint-every", "-1"], "seconds between checkpoints are -1"),
     "markup": (["compare", "[red]digits[/nothing]"], "unknown task '[red]digits[/nothing]'"),
 }
 
@@ -232,3 +265,22 @@ def test_an_interrupted_comparison_goes_on_and_ends_bit_identical(
     assert resumed == results(uninterrupted)
     assert finished.items() <= resumed.items()
     assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 of POSIX")
+def test_twenty_kills_at_random_moments_of_a_comparison(tmp_path: Path, uninterrupted: Path) -> None:
+    moments, out, kills, stopped = random.Random(0), tmp_path / "cut", 20, 0
+    for kill in range(kills):
+        fresh = ["--fresh"] if kill % 4 == 0 else []  # else all are recorded after a few
+        process = _start([*INTERRUPTED, *fresh], out)
+        # From the first import to the end of the comparison.
+        time.sleep(moments.uniform(0.5, 7.0))
+        stopped += process.poll() is None
+        process.kill()
+        process.communicate(timeout=60)
+        assert results(out).items() <= results(uninterrupted).items()
+    assert stopped >= kills // 2
+    assert run([*INTERRUPTED, "--out", str(out)]) == 0
+    assert results(out) == results(uninterrupted)
+    assert not list(out.rglob("*.tmp"))

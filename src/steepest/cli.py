@@ -13,16 +13,10 @@ except ModuleNotFoundError as error:
         f"steepest: the command line needs {error.name}, which is not installed: pip install 'steepest[cli]'"
     ) from error
 
-from steepest.errors import InvalidOptionError, SteepestError
+from steepest.errors import SteepestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from steepest.training.compare import Request
-    from steepest.training.records import RunRecord
-    from steepest.training.spec import RunSpec
 
 __all__ = ["app", "main", "run"]
 
@@ -109,19 +103,92 @@ def env(json: Annotated[bool, _JSON] = False, debug: Annotated[bool, _DEBUG] = F
 
 @app.command(name="list")
 def list_(debug: Annotated[bool, _DEBUG] = False) -> None:
-    """Print the tasks, the optimizers and the options of each optimizer."""
+    """Print the tasks, the models, the optimizers and the options of each optimizer."""
     del debug
-    from steepest.training.convert import describe
-    from steepest.training.registry import optimizers, tasks
+    from steepest.commands.listing import print_lists
 
-    typer.echo("tasks:")
-    for task in tasks().values():
-        typer.echo(f"  {task.name:<14} {task.description}")
-    typer.echo("\noptimizers, with what --set OPTIMIZER.OPTION=VALUE takes:")
-    for entry in optimizers().values():
-        typer.echo(f"  {entry.name:<14} {entry.description}")
-        for spec in entry.specs().values():
-            typer.echo(f"    {spec.name:<24} {describe(spec.annotation)} (default {spec.default})")
+    print_lists()
+
+
+_Epochs = Annotated[int | None, typer.Option(help="Epochs per run; each task has its own default.")]
+_Budget = Annotated[
+    float | None,
+    typer.Option("--budget-seconds", help="Training seconds per run, instead of epochs or besides them."),
+]
+_Schedule = Annotated[str | None, typer.Option(help="Learning rate: linear (falls to 0, the default) or constant.")]
+_BatchSize = Annotated[int | None, typer.Option(help="Samples per step; each task has its own default.")]
+_DataSeed = Annotated[int | None, typer.Option(help="Seed of the splits (default 0).")]
+_Device = Annotated[str | None, typer.Option(help="Torch device, such as cpu (the default) or cuda.")]
+_Threads = Annotated[int | None, typer.Option(help="Threads of torch on CPU (default 1).")]
+_Data = Annotated[
+    str | None, typer.Option(help="Folder of the data sets that are files (else STEEPEST_DATA), or a table of yours.")
+]
+_Target = Annotated[
+    str | None, typer.Option(help="Table of yours: column with the targets, by name or place (-1 is the last).")
+]
+_Kind = Annotated[
+    str | None, typer.Option(help="Table of yours: classification or regression; inferred and told without it.")
+]
+_Ignore = Annotated[str | None, typer.Option(metavar="COL,COL", help="Table of yours: columns to leave out.")]
+_DropMissing = Annotated[
+    bool | None, typer.Option("--drop-missing", help="Table of yours: leave out rows with empty cells.")
+]
+_Model = Annotated[
+    str | None, typer.Option(help="Instead of the task's own: mlp:64,64, cnn:16,32 or module:attribute.")
+]
+_Config = Annotated[Path | None, typer.Option(help="TOML file with these settings, - written as _; flags override it.")]
+
+
+@app.command(
+    help="Make one run. A checkpoint is written every 30 seconds and on Ctrl-C; --resume goes on from it, and on CPU "
+    "ends bit for bit with the numbers of a run that was never stopped."
+)
+def train(
+    task: Annotated[
+        str | None, typer.Argument(help="A task of `steepest list`, a table (CSV, NPZ), or module:attribute.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", "-o", help="Optimizer (default sven).")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the optimizer.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order (default 0).")] = None,
+    epochs: _Epochs = None,
+    budget_seconds: _Budget = None,
+    schedule: _Schedule = None,
+    batch_size: _BatchSize = None,
+    data_seed: _DataSeed = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    data: _Data = None,
+    target: _Target = None,
+    kind: _Kind = None,
+    ignore: _Ignore = None,
+    drop_missing: _DropMissing = None,
+    model: _Model = None,
+    config: _Config = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for record, model, checkpoint, report (runs/train/TASK-OPTIMIZER).")
+    ] = None,
+    checkpoint_every: Annotated[
+        float | None, typer.Option(help="Wall-clock seconds between checkpoints (default 30).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away checkpoint and record of this run.")] = False,
+    json: Annotated[bool, _JSON] = False,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> int:
+    """Make one run.
+
+    Returns:
+        The exit code: 1 if the run failed or diverged.
+    """
+    del debug
+    flags = {**locals(), "ignore": _names(ignore)}
+    from steepest.commands.train import train as train_command
+    from steepest.commands.train import train_settings
+
+    settings = train_settings(config, _only_settings(flags), set_ or [], resume=resume)
+    return train_command(settings, resume=resume, fresh=fresh, json=json)
 
 
 @app.command(
@@ -129,28 +196,43 @@ def list_(debug: Annotated[bool, _DEBUG] = False) -> None:
     "output folder are not repeated: an interrupted comparison goes on where it was."
 )
 def compare(
-    tasks: Annotated[list[str], typer.Argument(help="Tasks, as `steepest list` names them.")],
-    optimizers: Annotated[
-        str, typer.Option("--optimizers", "-o", help="Optimizers, separated by commas.")
-    ] = "sven,sgd,adam,lbfgs",
-    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, 2, ...")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="Epochs per run; each task has its own default.")] = None,
-    budget_seconds: Annotated[
-        float | None, typer.Option(help="Training seconds per run, instead of epochs or besides them.")
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks of `steepest list`, tables (CSV, NPZ), or module:attribute.")
     ] = None,
+    optimizers: Annotated[
+        str | None, typer.Option("--optimizers", "-o", help="Separated by commas (default sven,sgd,adam,lbfgs).")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0, 1, 2, ... (default 3)")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPT.NAME=VALUE", help="Option of an optimizer.")
     ] = None,
     tune: Annotated[
-        int | None, typer.Option(help="Choose each learning rate by this many trials on other seeds.")
+        int | None,
+        typer.Option(
+            help="Choose each learning rate by this many trials on other seeds; 0 for none. Without it, 5 on tasks "
+            "that have no stored ones."
+        ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="Learning rate: linear (falls to 0) or constant.")] = "linear",
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
-    device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(help="Threads of torch on CPU.")] = 1,
+    goal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[TASK=]LOSS", help="Validation loss to time; else what Adam's runs all reach."),
+    ] = None,
+    epochs: _Epochs = None,
+    budget_seconds: _Budget = None,
+    schedule: _Schedule = None,
+    batch_size: _BatchSize = None,
+    data_seed: _DataSeed = None,
+    device: _Device = None,
+    threads: _Threads = None,
     timeout: Annotated[float | None, typer.Option(help="Wall-clock seconds after which a run is given up.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for records, tables and plots.")] = Path("runs/compare"),
+    data: _Data = None,
+    target: _Target = None,
+    kind: _Kind = None,
+    ignore: _Ignore = None,
+    drop_missing: _DropMissing = None,
+    model: _Model = None,
+    config: _Config = None,
+    out: Annotated[str | None, typer.Option(help="Folder for records, tables, report (runs/compare).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Repeat runs that are recorded already.")] = False,
     json: Annotated[bool, _JSON] = False,
     debug: Annotated[bool, _DEBUG] = False,
@@ -161,147 +243,51 @@ def compare(
         The exit code: 1 if a run failed.
     """
     del debug
-    from steepest.training.compare import Request
+    flags = {**locals(), "tasks": tasks or None, "optimizers": _names(optimizers), "ignore": _names(ignore)}
+    from steepest.commands.compare import compare as compare_command
+    from steepest.commands.options import parse_goals, parse_settings, settings_from
+    from steepest.training.settings import CompareSettings
 
-    request = Request(
-        tasks=tasks,
-        optimizers=_names(optimizers),
-        seeds=range(seeds),
-        epochs=epochs,
-        seconds=budget_seconds,
-        options=_parse_settings(set_ or []),
-        schedule=_schedule(schedule),
-        batch_size=batch_size,
-        data_seed=data_seed,
-        device=device,
-        threads=threads,
-    )
-    return _compare(request, out, tune=tune, timeout=timeout, fresh=fresh, json=json)
+    flags = _only_settings(flags) | {"options": parse_settings(set_ or []), "goal": parse_goals(goal or [])}
+    return compare_command(settings_from(CompareSettings, config, flags), fresh=fresh, json=json)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that train or compare wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The HTML file (report.html in the first folder).")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
+    goal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[TASK=]LOSS", help="Validation loss to time; else what Adam's runs all reach."),
+    ] = None,
+    json: Annotated[bool, _JSON] = False,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> int:
+    """Write one HTML file about all runs in some folders.
+
+    Returns:
+        The exit code.
+    """
+    del debug
+    from steepest.commands.options import parse_goals
+    from steepest.commands.report import report as report_command
+
+    return report_command(folders, out, title=title, goal=parse_goals(goal or []), json=json)
 
 
-def _schedule(text: str) -> Any:
-    from steepest.training.errors import UnknownNameError, unknown
-
-    if text not in {"linear", "constant"}:
-        raise UnknownNameError(unknown("schedule", text, ["linear", "constant"]))
-    return text
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _parse_settings(settings: "Sequence[str]") -> dict[str, dict[str, object]]:
-    from steepest.training.options import parse_value
-    from steepest.training.registry import get_optimizer
-
-    parsed: dict[str, dict[str, object]] = {}
-    for setting in settings:
-        target, equals, text = setting.partition("=")
-        optimizer, dot, name = target.strip().partition(".")
-        if not (equals and dot and name):
-            raise InvalidOptionError(f"--set {setting!r}: write OPTIMIZER.OPTION=VALUE, as in sven.lr=0.5")
-        spec = get_optimizer(optimizer).specs().get(name)
-        parsed.setdefault(optimizer, {})[name] = parse_value(text, spec.annotation if spec else Any)
-    return parsed
+def _only_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that are settings: what steers this one call of the command is none."""
+    return {name: value for name, value in flags.items() if name not in _STEERING}
 
 
-def _compare(request: "Request", out: Path, *, tune: int | None, timeout: float | None, fresh: bool, json: bool) -> int:
-    from rich.console import Console
-
-    from steepest.report.live import listener_for
-    from steepest.report.outcome import write_outcome
-    from steepest.training.compare import plan_runs, run_all
-    from steepest.training.isolate import execute_isolated
-    from steepest.training.records import RecordStore
-    from steepest.training.tune import apply_choices, choose, tuning_runs
-
-    if timeout is not None and not 0 < timeout < float("inf"):
-        raise InvalidOptionError(f"the timeout is {timeout}: it must be a finite number above 0")
-    specs = plan_runs(request)
-    if tune is not None:
-        _refuse_set_lr(request)
-    trials = tuning_runs(specs, tune) if tune is not None else []
-    store = RecordStore(out / "records")
-    errors = Console(stderr=True, markup=False, highlight=False)
-    try:
-        with listener_for(errors) as listener:
-
-            def series(title: str, runs: "Sequence[RunSpec]", where: RecordStore) -> "list[RunRecord]":
-                listener.begin(title, len(runs))
-                make = lambda spec, on_epoch: execute_isolated(spec, on_epoch, timeout=timeout)  # noqa: E731
-                return run_all(runs, where, listener, make, fresh=fresh)
-
-            if tune is not None:
-                choices = choose(series("tuning", trials, RecordStore(out / "tuning")))
-                specs = apply_choices(specs, choices)
-            records = series("comparison", specs, store)
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; the finished runs are in {out}, the same command goes on from there")
-        raise
-    files = write_outcome(records, out, subtitle=_subtitle(request, records))
-    if json:
-        typer.echo(_json_result(records, {name: [str(p) for p in paths] for name, paths in files.items()}))
-    else:
-        console = Console(markup=False, highlight=False)
-        if tune is not None:
-            _print_choices(console, choices)
-        _print_result(console, request, records, out, tuned=tune is not None)
-    return 1 if any(record.status == "failed" for record in records) else 0
-
-
-def _refuse_set_lr(request: "Request") -> None:
-    clash = [name for name, options in (request.options or {}).items() if "lr" in options]
-    if clash:
-        raise InvalidOptionError(f"--set {clash[0]}.lr and --tune both choose the learning rate: drop one of them")
-
-
-def _subtitle(request: "Request", records: "Sequence[RunRecord]") -> str:
-    cpu = records[0].environment.get("gpu") or records[0].environment.get("cpu")
-    return f"median and range of {len(request.seeds)} seeds, {request.schedule} learning rate, {cpu}"
-
-
-def _json_result(records: "Sequence[RunRecord]", files: dict[str, list[str]]) -> str:
-    from steepest.report.summary import summarise
-    from steepest.report.table import summary_json
-
-    return json_module.dumps({"schema": 1, "tasks": summary_json(summarise(records)), "files": files})
-
-
-def _print_choices(console: "Console", choices: "Sequence[Any]") -> None:
-    for choice in choices:
-        lr = "no trial finished, stored one kept" if choice.lr is None else f"lr {choice.lr:g}"
-        loss = "" if choice.val_loss is None else f", val loss {choice.val_loss:.3g}"
-        line = (
-            f"tuned {choice.task} {choice.optimizer}: {lr}{loss} ({choice.finished}/{choice.runs} tuning runs finished)"
-        )
-        console.print(line, soft_wrap=True)
-
-
-def _print_result(
-    console: "Console", request: "Request", records: "Sequence[RunRecord]", out: Path, *, tuned: bool
-) -> None:
-    from steepest.report.summary import summarise
-    from steepest.report.table import print_task_table
-    from steepest.training.registry import get_task
-
-    changed = [f"{name}.{option}" for name, options in (request.options or {}).items() for option in options]
-    for summary in summarise(records):
-        task = get_task(summary.task)
-        source = "learning rates: tuned in this command" if tuned else task.options_source
-        source += f"; changed with --set: {', '.join(changed)}" if changed else ""
-        console.print()
-        title = f"{task.name} - {task.description}"
-        print_task_table(console, summary, title=title, caption=source)
-    console.print(
-        f"Mean ± standard deviation over the finished runs of {len(request.seeds)} seeds; * is the best of a column. "
-        "The clock leaves out evaluation, data loading and warm-up; peak memory is the tensors of a step beyond model "
-        "and data.",
-        soft_wrap=True,
-    )
-    console.print(f"\nrecords  {out / 'records'}\ntable    {out / 'summary.md'}", soft_wrap=True)
-    for summary in summarise(records):
-        console.print(f"plot     {out / 'plots' / summary.task}.svg (and .png)", soft_wrap=True)
+_STEERING = {"set_", "config", "resume", "fresh", "json", "debug"}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from zoo_parts import residual, rows_of
 
 FEW = settings(
     max_examples=40,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from made import make_record
-from steepest.report.live import LiveListener, PlainListener, listener_for
+from steepest.report.live import LiveListener, PlainListener, listener_for, run_line
 from steepest.training.records import EpochPoint
 from steepest.training.spec import RunSpec
 
@@ -45,3 +45,26 @@ def test_the_live_display_shows_runs_and_bars() -> None:
     assert "2/2" in text
     assert "already recorded" in text
     assert "[red]bad" in text
+
+
+def lines_of_epochs(*, every_epoch: bool) -> list[str]:
+    file = io.StringIO()
+    with listener_for(Console(file=file, width=120), every_epoch=every_epoch) as listener:
+        listener.epoch_done(SPEC, EpochPoint(0, 0, 0.0, None, 0.9, {"r2": None}))
+        listener.epoch_done(SPEC, EpochPoint(1, 10, 0.5, 0.3, 0.25, {"r2": 0.5}))
+        listener.epoch_done(SPEC, POINT)
+    return file.getvalue().splitlines()
+
+
+def test_a_single_run_has_a_line_per_epoch_if_that_is_asked_for() -> None:
+    assert lines_of_epochs(every_epoch=False) == []
+    untrained, first, broken = lines_of_epochs(every_epoch=True)
+    assert "train loss" not in untrained
+    assert first.split() == ["epoch", "1/3", "train", "loss", "0.3", "val", "loss", "0.25", "r2", "0.5", "0.50", "s"]
+    assert "val loss not finite" in broken
+
+
+def test_an_optimizer_of_another_version_has_a_line_too() -> None:
+    spec = RunSpec("theirs", "unheard_of", {"lr": "auto"})
+    record = make_record(task="theirs", optimizer="unheard_of", options={"lr": "auto"})
+    assert "unheard_of seed 0" in run_line(spec, record, resumed=False)

@@ -19,8 +19,8 @@ RECORDS = [
 ] + [make_record(optimizer="adam", seed=0, status="diverged", error="nan", final=None)]
 
 
-def printed(width: int, *, terminal: bool, title: str = "a title") -> str:
-    (summary,) = summarise(RECORDS)
+def printed(width: int, *, terminal: bool, title: str = "a title", goal: float | None = None) -> str:
+    (summary,) = summarise(RECORDS, {} if goal is None else {"toy_1d": goal})
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None)
     print_task_table(console, summary, title=title, caption="a caption")
@@ -48,7 +48,7 @@ def test_a_terminal_gets_what_fits(width: int) -> None:
 def test_the_best_is_starred_and_a_diverged_run_is_shown() -> None:
     (summary,) = summarise(RECORDS)
     sven, sgd, adam = (dict(zip(headings(summary), cells(summary, row), strict=True)) for row in summary.rows)
-    assert sven["val loss"] == ("1e-08 ± 0", True)
+    assert sven["val loss"] == ("1.00e-8 ± 0", True)
     assert sgd["val loss"][1] is False
     assert adam["finished"][0] == "0/1 (1 diverged)"
     assert adam["val loss"] == ("-", False)
@@ -63,18 +63,42 @@ def test_markdown_has_one_line_per_optimizer_and_the_best_in_bold() -> None:
     lines = markdown_table(summary).splitlines()
     assert len(lines) == 2 + 3
     assert len({line.count("|") for line in lines}) == 1
-    assert "**1e-08 ± 0**" in lines[2]
+    assert "**1.00e-8 ± 0**" in lines[2]
 
 
 def test_an_r2_next_to_one_shows_its_distance() -> None:
-    (summary,) = summarise([make_record(final=None)])
     record = make_record()
     assert record.final is not None
     record.final.test_metrics["r2"] = 1 - 2.5e-8
     (summary,) = summarise([record])
-    assert dict(zip(headings(summary), cells(summary, summary.rows[0]), strict=True))["test R2"][0] == "1 - 2.5e-08"
+    assert dict(zip(headings(summary), cells(summary, summary.rows[0]), strict=True))["test R2"][0] == "1 - 2.5e-8"
 
 
 def test_json_is_json() -> None:
     data = json.loads(json.dumps(summary_json(summarise(RECORDS))))
     assert data[0]["rows"][0]["numbers"]["val_loss"]["count"] == 3
+
+
+def test_the_times_to_the_goal_are_a_table_of_their_own() -> None:
+    lines = printed(200, terminal=False, goal=1e-3).splitlines()
+    assert any("Goal: validation loss 0.00100, given by the user." in line for line in lines)
+    sven, sgd, adam = ([word for word in line.split() if word] for line in lines[-4:-1])
+    assert sven == ["Sven", "3/3", "2", "1.33", "1.0", "x"]
+    assert sgd == ["SGD", "3/3", "3", "2.00", "1.5", "x"]
+    assert adam == ["Adam", "0/1", "-", "-", "-"]
+
+
+def test_json_tells_the_goal_and_who_reached_it() -> None:
+    data = json.loads(json.dumps(summary_json(summarise(RECORDS))))
+    assert data[0]["goal"]["reference"] == "Sven"
+    assert [row["reached"] for row in data[0]["goal"]["rows"]] == [3, 0, 0]
+
+
+def test_a_bar_in_a_name_does_not_break_markdown() -> None:
+    (summary,) = summarise([make_record(optimizer="a|b")])
+    assert "a\\|b" in markdown_table(summary)
+
+
+def test_equal_values_are_not_starred() -> None:
+    (summary,) = summarise([make_record(optimizer="sven"), make_record(optimizer="sgd")])
+    assert not any(best for row in summary.rows for _, best in cells(summary, row))

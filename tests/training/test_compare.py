@@ -16,10 +16,13 @@ from steepest.training.errors import RecordError
 from steepest.training.execute import execute
 from steepest.training.records import EpochPoint, Final, RecordStore, RunRecord, Status
 from steepest.training.registry import get_optimizer
+from steepest.training.source import Source
 from steepest.training.spec import RunSpec
 from steepest.training.tune import TUNING_SEEDS, apply_choices, choose, log_grid, tuning_runs
 
-REQUEST = Request(tasks=["diabetes", "toy_1d"], optimizers=["sgd", "adam"], seeds=[0, 1], epochs=1)
+REQUEST = Request(tasks=[Source("diabetes"), Source("toy_1d")], optimizers=["sgd", "adam"], seeds=[0, 1], epochs=1)
+
+TASKS = ["diabetes", "toy_1d"]
 
 
 class Log:
@@ -48,15 +51,15 @@ def test_optimizers_take_turns() -> None:
 
 
 def test_a_plan_has_one_budget_batch_size_and_schedule_per_task() -> None:
-    for task in REQUEST.tasks:
+    for task in TASKS:
         specs = [spec for spec in plan_runs(REQUEST) if spec.task == task]
         assert len({(s.epochs, s.seconds, s.batch_size, s.schedule, s.data_seed) for s in specs}) == 1
 
 
 def test_seconds_replace_the_tasks_own_epochs() -> None:
-    (spec,) = plan_runs(Request(["toy_1d"], ["sgd"], [0], seconds=2.0))
+    (spec,) = plan_runs(Request([Source("toy_1d")], ["sgd"], [0], seconds=2.0))
     assert (spec.epochs, spec.seconds) == (None, 2.0)
-    (spec,) = plan_runs(Request(["toy_1d"], ["sgd"], [0]))
+    (spec,) = plan_runs(Request([Source("toy_1d")], ["sgd"], [0]))
     assert (spec.epochs, spec.seconds) == (20, None)
 
 
@@ -71,9 +74,9 @@ def test_what_the_user_sets_wins_over_what_is_stored() -> None:
     ("changes", "message"),
     [
         ({"tasks": []}, "no task was named"),
-        ({"tasks": ["toy_1d", "toy_1d"]}, "named twice"),
+        ({"tasks": [Source("toy_1d")] * 2}, "named twice"),
         ({"optimizers": ["sgd", "sgd"]}, "named twice"),
-        ({"tasks": ["toy"]}, "did you mean 'toy_1d'"),
+        ({"tasks": [Source("toy")]}, "did you mean 'toy_1d'"),
         ({"optimizers": ["swen"]}, "did you mean 'sven'"),
         ({"seeds": []}, "no seed was given"),
         ({"epochs": 0}, "the epochs is 0: it must be a finite number above 0"),
@@ -93,7 +96,7 @@ def test_an_impossible_request_is_refused_before_anything_runs(changes: dict[str
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
-    specs = plan_runs(replace(REQUEST, tasks=["diabetes"]))
+    specs = plan_runs(replace(REQUEST, tasks=[Source("diabetes")]))
     first, second = Log(), Log()
     before = run_all(specs[:2], RecordStore(tmp_path), first, execute)
     after = run_all(specs, RecordStore(tmp_path), second, execute)
@@ -110,7 +113,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     ("status", "again"), [("finished", False), ("diverged", False), ("failed", True), ("timed_out", True)]
 )
 def test_results_are_kept_and_accidents_are_tried_again(tmp_path: Path, status: Status, again: bool) -> None:
-    specs = plan_runs(Request(["diabetes"], ["sgd"], [0], epochs=1))
+    specs = plan_runs(Request([Source("diabetes")], ["sgd"], [0], epochs=1))
     store, log = RecordStore(tmp_path), Log()
     store.write(specs[0], make_record(task="diabetes", status=status))
     run_all(specs, store, log, execute)
@@ -118,7 +121,7 @@ def test_results_are_kept_and_accidents_are_tried_again(tmp_path: Path, status: 
 
 
 def test_an_interrupt_leaves_the_finished_runs(tmp_path: Path) -> None:
-    specs = plan_runs(replace(REQUEST, tasks=["diabetes"]))
+    specs = plan_runs(replace(REQUEST, tasks=[Source("diabetes")]))
 
     def interrupted(spec: RunSpec, on_epoch: Callable[[EpochPoint], None]) -> RunRecord:
         if spec == specs[2]:
@@ -131,7 +134,7 @@ def test_an_interrupt_leaves_the_finished_runs(tmp_path: Path) -> None:
 
 
 def test_a_corrupt_record_among_good_ones_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
-    specs = plan_runs(replace(REQUEST, tasks=["diabetes"]))
+    specs = plan_runs(replace(REQUEST, tasks=[Source("diabetes")]))
     store = RecordStore(tmp_path)
     run_all(specs, store, Log(), execute)
     store.path(specs[2]).write_text("{")
@@ -145,7 +148,7 @@ def test_every_optimizer_gets_the_same_number_of_trials_on_seeds_of_their_own() 
     specs = plan_runs(REQUEST)
     trials = tuning_runs(specs, 4)
     assert {spec.seed for spec in trials} == set(TUNING_SEEDS)
-    for task, name, seed in product(REQUEST.tasks, REQUEST.optimizers, TUNING_SEEDS):
+    for task, name, seed in product(TASKS, REQUEST.optimizers, TUNING_SEEDS):
         rates = [s.options["lr"] for s in trials if (s.task, s.optimizer, s.seed) == (task, name, seed)]
         low, high = get_optimizer(name).lr_range
         assert rates == log_grid(low, high, 4)

@@ -53,3 +53,10 @@ def test_the_incomplete_batch_is_dropped() -> None:
     cut = list(batches(split, batch_size=4, seed=0, epoch=1))
     assert [len(inputs) for inputs, _ in cut] == [4, 4]
     assert all(torch.equal(inputs.long(), targets) for inputs, targets in cut)
+
+
+def test_a_column_that_is_constant_up_to_rounding_is_only_centred() -> None:
+    train = Split(torch.full((1000, 1), 0.1), torch.zeros(1000, 1))
+    rest = Split(torch.full((2, 1), 0.3), torch.zeros(2, 1))
+    scaled = standardise(Splits(train, rest, rest))
+    torch.testing.assert_close(scaled.val.inputs, torch.full((2, 1), 0.2))

@@ -17,7 +17,8 @@ from steepest.training.execute import execute
 from steepest.training.losses import Loss
 from steepest.training.optimizer import OptimizerEntry
 from steepest.training.records import RunRecord
-from steepest.training.registry import get_task, optimizers
+from steepest.training.registry import optimizers
+from steepest.training.source import Source, resolve
 from steepest.training.spec import RunSpec
 from steepest.training.steps import StepFunction
 
@@ -62,7 +63,7 @@ def test_all_optimizers_see_the_same_data_from_the_same_start(watch: Watch) -> N
         watch(name, look)
         execute(replace(SPEC, optimizer=name))
     order = epoch_order(266, seed=0, epoch=1)
-    inputs = get_task("diabetes").load(0).train.inputs
+    inputs = resolve(Source("diabetes")).load(0).train.inputs
     assert torch.equal(seen["sgd"][3], inputs[order[:32]])
     for name in NAMES[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen["sven"], seen[name], strict=True))

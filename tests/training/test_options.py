@@ -115,3 +115,20 @@ def test_the_solvers_of_sven_are_found_through_their_protocol() -> None:
 def test_every_default_has_the_type_that_its_annotation_says(name: str) -> None:
     for spec in get_optimizer(name).specs().values():
         assert convert(spec.default, spec.annotation)[0], spec
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"type": "Dampd", "damping": 0.1}, "unknown value 'Dampd': did you mean 'Damped'"),
+        ({"type": "Damped", "damp": 0.1}, "unknown option of Damped 'damp': did you mean 'damping'"),
+        ({"type": "Damped", "damping": "much"}, "option Damped.damping got 'much': it takes float"),
+        ({"type": "Damped", "damping": -1.0}, "Damped: "),
+        ({"damp": 0.1}, "option sven.solver got {'damp': 0.1}: it takes"),
+    ],
+)
+def test_a_wrong_table_in_a_file_is_told_with_the_nearest_name(solver: object, message: str) -> None:
+    specs = get_optimizer("sven").specs()
+    with pytest.raises(InvalidOptionError) as caught:
+        check_options("sven", specs, {"solver": solver})
+    assert message in str(caught.value)

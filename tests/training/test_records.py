@@ -16,7 +16,8 @@ import pytest
 
 from made import make_record
 from steepest.training.errors import RecordError
-from steepest.training.records import RecordStore, RunRecord, write_atomically
+from steepest.training.files import write_atomically
+from steepest.training.records import SCHEMA, RecordStore, RunRecord
 from steepest.training.spec import RunSpec
 
 WRITER = """
@@ -86,8 +87,8 @@ def test_text_that_is_no_record_is_refused(line: str) -> None:
 
 
 def test_another_schema_is_named() -> None:
-    line = make_record().to_line().replace('"schema": 1', '"schema": 99')
-    with pytest.raises(RecordError, match="schema 99, this steepest reads 1"):
+    line = make_record().to_line().replace(f'"schema": {SCHEMA}', '"schema": 99')
+    with pytest.raises(RecordError, match=f"schema 99, this steepest reads {SCHEMA}"):
         RunRecord.from_line(line, "x.jsonl")
 
 
@@ -116,7 +117,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
     def full_disk(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("steepest.training.records.os.fsync", full_disk)
+    monkeypatch.setattr("steepest.training.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -141,5 +142,5 @@ def test_kill_9_during_writes_leaves_only_complete_records(tmp_path: Path) -> No
         records = [RunRecord.from_line(path.read_text(), str(path)) for path in tmp_path.glob("*.jsonl")]
         assert all(len(record.history) == 401 for record in records)
     assert records
-    RecordStore(tmp_path)
+    RecordStore(tmp_path).prepare()
     assert not list(tmp_path.glob(".*")), "temporary files of killed writers are removed"

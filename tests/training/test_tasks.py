@@ -8,8 +8,13 @@ from math import prod
 import torch
 
 from steepest.training.models import mlp
-from steepest.training.registry import get_task
+from steepest.training.source import Source, resolve
+from steepest.training.task import Task
 from steepest.training.tasks.synthetic import exponents
+
+
+def get_task(name: str) -> Task:
+    return resolve(Source(name))
 
 
 def test_toy_1d_is_the_published_problem() -> None:
@@ -27,7 +32,7 @@ def test_toy_1d_is_the_published_problem() -> None:
         assert torch.equal(part.inputs, x)
         torch.testing.assert_close(part.targets, (raw(x) - mean) / std)
     assert (task.batch_size, task.epochs, task.loss.name) == (32, 20, "squared error")
-    model = task.model()
+    model = task.model(splits.shape)
     assert [type(layer).__name__ for layer in model.children()] == ["Linear", "GELU"] * 3 + ["Linear"]
     assert sum(p.numel() for p in model.parameters()) == 593
 
@@ -52,7 +57,7 @@ def test_polynomial_is_the_published_problem() -> None:
         scale = prod(double_factorials[p] for p in power) ** -0.5
         y += draw.double() * scale * (x.double() ** torch.tensor(power)).prod(dim=1)
     torch.testing.assert_close(splits.train.targets.squeeze(1).double(), (y - y.mean()) / y.std(), rtol=1e-4, atol=1e-4)
-    assert sum(p.numel() for p in task.model().parameters()) == 673
+    assert sum(p.numel() for p in task.model(splits.shape).parameters()) == 673
 
 
 def test_the_data_seed_changes_the_data() -> None:

@@ -1,8 +1,23 @@
-"""Places for labels that must not lie on each other."""
+"""Labels at the ends of lines, in places where they do not lie on each other."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["spread_positions"]
+from steepest.report.curves import Band, Series
+from steepest.report.style import Paint
+from steepest.report.words import number
+
+__all__ = ["label_ends", "shortened", "spread_positions"]
+
+
+@dataclass(frozen=True)
+class _Label:
+    text: str
+    colour: str
+    line: str
+    weight: str = "bold"
 
 
 def spread_positions(wanted: Sequence[float], *, gap: float) -> list[float]:
@@ -41,3 +56,89 @@ def spread_positions(wanted: Sequence[float], *, gap: float) -> list[float]:
         for rank, index in enumerate(group):
             places[index] = middle(group) + gap * (rank - (len(group) - 1) / 2)
     return places
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a text that is too long.
+
+    Args:
+        text: The text.
+        length: Most characters.
+
+    Returns:
+        The text, or its beginning and an ellipsis.
+
+    Example:
+        >>> shortened("steepest descent", 9)
+        'steepest…'
+    """
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def label_ends(
+    figure: Any,
+    axes: Any,
+    series: Sequence[Series],
+    paint: Paint,
+    against: str,
+    *,
+    most: int,
+    length: int = 40,
+    goal: float | None = None,
+) -> None:
+    """Name each line at its right end, moved apart where ends are close, with a thin line to the end.
+
+    Args:
+        figure: Matplotlib figure.
+        axes: Its axes, drawn and with their final limits.
+        series: What was drawn.
+        paint: In which colours.
+        against: What the horizontal axis is.
+        most: How many of the best are named.
+        length: Most characters of a label.
+        goal: Where a line across the axes is named "goal".
+    """
+    ends = [
+        (_Label(_named(item, length), paint.text(item.look), paint.line(item.look)), *_end(item.band, against))
+        for item in series
+        if item.band is not None and item.rank < most and math.isfinite(item.band.middle[-1])
+    ]
+    low, high = axes.get_ylim()
+    if goal is not None and low <= goal <= high:
+        ends.append((_Label(f"goal {number(goal)}", paint.muted, paint.muted, "normal"), axes.get_xlim()[1], goal))
+    figure.canvas.draw()
+    box = axes.get_window_extent()
+    wanted = [(axes.transData.transform((x, y))[1] - box.y0) / box.height for _, x, y in ends]
+    gap = 1.35 * _text_size(axes) * figure.dpi / 72 / box.height
+    for (label, x, y), place in zip(ends, spread_positions(wanted, gap=gap), strict=True):
+        axes.annotate(
+            label.text,
+            xy=(x, y),
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            color=label.colour,
+            fontweight=label.weight,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.line,
+                "linewidth": 0.8,
+                "alpha": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 3,
+            },
+        )
+
+
+def _named(item: Series, length: int) -> str:
+    return item.label if len(item.label) <= length else shortened(item.name, length)
+
+
+def _end(band: Band, against: str) -> tuple[float, float]:
+    return getattr(band, against)[-1], band.middle[-1]
+
+
+def _text_size(axes: Any) -> float:
+    """Size of the text on axes, in points."""
+    return float(axes.xaxis.label.get_size())

@@ -8,11 +8,12 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from steepest.report.groups import label_of
+from steepest.report.words import short
 from steepest.training.records import EpochPoint, RunRecord
-from steepest.training.registry import get_optimizer
 from steepest.training.spec import RunSpec
 
-__all__ = ["LiveListener", "PlainListener", "listener_for", "run_line"]
+__all__ = ["LiveListener", "PlainListener", "epoch_line", "listener_for", "run_line"]
 
 _SHOWN_RUNS = 8
 
@@ -28,16 +29,36 @@ def run_line(spec: RunSpec, record: RunRecord, *, resumed: bool) -> str:
     Returns:
         The line.
     """
-    parts = [f"{spec.task:<13} {get_optimizer(spec.optimizer).label:<7} seed {spec.seed:<4}"]
+    parts = [f"{spec.task:<13} {label_of(spec.optimizer):<7} seed {spec.seed:<4}"]
     if record.final is not None and record.final.val_loss is not None:
         parts.append(f"val loss {record.final.val_loss:<9.3g}")
     parts.append(f"{record.seconds:7.2f} s")
-    if "lr" in record.options:
-        parts.append(f"lr {record.options['lr']:<7g}")
+    rate = record.options.get("lr")
+    if isinstance(rate, int | float):
+        parts.append(f"lr {rate:<7g}")
     parts.append("already recorded" if resumed else record.status.replace("_", " "))
     if record.error is not None and not resumed:
         parts.append(f"({' '.join(record.error.split())[:160]})")
     return "  ".join(parts)
+
+
+def epoch_line(spec: RunSpec, point: EpochPoint) -> str:
+    """One line about an epoch that is done.
+
+    Args:
+        spec: The run.
+        point: Its new point.
+
+    Returns:
+        The line.
+    """
+    total = "" if spec.epochs is None else f"/{spec.epochs}"
+    parts = [f"epoch {point.epoch:>{max(len(total) - 1, 3)}}{total}"]
+    if point.train_loss is not None:
+        parts.append(f"train loss {point.train_loss:<9.3g}")
+    parts.append("val loss " + ("not finite" if point.val_loss is None else f"{point.val_loss:<9.3g}"))
+    parts += [f"{name} {short(round(value, 6))}" for name, value in point.val_metrics.items() if value is not None]
+    return "  ".join([*parts, f"{point.seconds:.2f} s"])
 
 
 class PlainListener:
@@ -45,10 +66,12 @@ class PlainListener:
 
     Args:
         console: Where to.
+        every_epoch: Whether every epoch has a line too, as suits a single run.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, every_epoch: bool = False) -> None:
         self._console = console
+        self._every_epoch = every_epoch
         self._place = ""
 
     def __enter__(self) -> Self:
@@ -80,12 +103,14 @@ class PlainListener:
         self._place = f"[{number:>{len(str(total))}}/{total}] "
 
     def epoch_done(self, spec: RunSpec, point: EpochPoint) -> None:
-        """Nothing: a line per epoch would be too many.
+        """Print the epoch's line if every epoch has one.
 
         Args:
             spec: The run.
             point: Its new point.
         """
+        if self._every_epoch:
+            self._print(epoch_line(spec, point))
 
     def run_done(self, spec: RunSpec, record: RunRecord, *, resumed: bool) -> None:
         """Print the run's line.
@@ -151,7 +176,7 @@ class LiveListener:
             total: How many there are.
         """
         del number, total
-        label = f"{spec.task} {get_optimizer(spec.optimizer).label} seed {spec.seed}"
+        label = f"{spec.task} {label_of(spec.optimizer)} seed {spec.seed}"
         self._progress.reset(self._run, total=spec.epochs, description=label, visible=True, note="")
 
     def epoch_done(self, spec: RunSpec, point: EpochPoint) -> None:
@@ -184,13 +209,14 @@ class LiveListener:
         return Group(*self._lines[-_SHOWN_RUNS:], self._progress)
 
 
-def listener_for(console: Console) -> LiveListener | PlainListener:
+def listener_for(console: Console, *, every_epoch: bool = False) -> LiveListener | PlainListener:
     """The display that suits an output.
 
     Args:
         console: Where to.
+        every_epoch: Whether plain lines tell of every epoch; a live display always does.
 
     Returns:
         A live display for a terminal, plain lines for anything else.
     """
-    return LiveListener(console) if console.is_terminal else PlainListener(console)
+    return LiveListener(console) if console.is_terminal else PlainListener(console, every_epoch=every_epoch)

@@ -1,83 +1,108 @@
-"""Loss against seconds, as SVG and PNG."""
+"""Validation loss against epochs or seconds: how it is drawn, and as files of its own."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from steepest.report.labels import spread_positions
-from steepest.report.style import colour_of, style
-from steepest.report.summary import median_or_none
-from steepest.training.records import RunRecord, write_atomically
-from steepest.training.registry import optimizers, tasks
+from steepest.report.axis import count_epochs, fit_axis, scale_of
+from steepest.report.curves import Lost, Series, series_of
+from steepest.report.groups import Cell
+from steepest.report.labels import label_ends
+from steepest.report.style import FilePaint, Paint, file_style
+from steepest.training.files import write_atomically
 
-__all__ = ["Curve", "curves", "save_loss_plot"]
+__all__ = ["MOST_COLOURED", "Against", "draw_losses", "save_loss_plot"]
 
-
-_TWO_DECADES, _HALF_DECADE = 100.0, 5.0
+Against = Literal["epochs", "seconds"]
+# More lines than this in colours of their own cannot be told apart: the others are drawn in grey.
+MOST_COLOURED = 8
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Validation loss of one optimizer over the finished runs, epoch by epoch.
-
-    Attributes:
-        optimizer: Registry name.
-        label: Name for people, with the count of runs where some did not finish.
-        seconds: Median training time at each epoch.
-        middle: Median loss.
-        low: Smallest loss.
-        high: Largest loss.
-    """
-
-    optimizer: str
-    label: str
-    seconds: tuple[float, ...]
-    middle: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+class _Pen:
+    axes: Any
+    paint: Paint
+    against: Against
+    width: float
 
 
-def curves(records: Sequence[RunRecord]) -> list[Curve]:
-    """Join the runs of each optimizer; epochs that not every run reached are left out.
+def draw_losses(
+    axes: Any,
+    series: Sequence[Series],
+    paint: Paint,
+    against: Against,
+    *,
+    goal: float | None = None,
+    width: float = 2.0,
+) -> None:
+    """Draw median lines, ranges, runs that did not finish and the goal.
 
     Args:
-        records: Records of one task.
-
-    Returns:
-        One curve per optimizer that finished at least one run.
+        axes: Matplotlib axes.
+        series: What to draw.
+        paint: In which colours.
+        against: What the horizontal axis is.
+        goal: Validation loss to reach.
+        width: Width of the lines.
     """
-    found = []
-    for name in dict.fromkeys(record.optimizer for record in records):
-        runs = [record for record in records if record.optimizer == name]
-        finished = [record for record in runs if record.status == "finished"]
-        if finished:
-            found.append(_curve(name, finished, len(runs)))
-    return found
+    pen = _Pen(axes, paint, against, width)
+    spans = [span for item in series if item.band for span in (item.band.low, item.band.high)]
+    shown = spans or [lost.values for item in series for lost in item.lost]
+    scale = scale_of([value for values in shown for value in values])
+    for item in sorted(series, key=lambda item: -item.rank):
+        _draw(pen, item, scale.top)
+    if goal is not None and scale.low <= goal <= scale.top:
+        axes.axhline(goal, color=paint.muted, linewidth=0.9, dashes=(5, 4), zorder=1.5)
+    fit_axis(axes, scale)
+    # Points of the untrained model alone have no width.
+    axes.set_xlim(0, _reach(series, against) or 1.0)
+    if against == "epochs":
+        count_epochs(axes)
+    else:
+        axes.set_xlabel("seconds of training (evaluation not counted)")
+    if not any(math.isfinite(value) for values in shown for value in values):
+        axes.text(0.5, 0.5, "no finite loss was recorded", transform=axes.transAxes, ha="center", color=paint.muted)
 
 
-def _curve(name: str, finished: Sequence[RunRecord], attempted: int) -> Curve:
-    columns = list(zip(*(record.history for record in finished), strict=False))
-    points = []
-    for column in columns:
-        losses = [point.val_loss for point in column if point.val_loss is not None and point.val_loss > 0]
-        seconds = median_or_none([point.seconds for point in column])
-        middle = median_or_none(losses)
-        if seconds is not None and middle is not None:
-            points.append((seconds, middle, min(losses), max(losses)))
-    label = optimizers()[name].label
-    if len(finished) < attempted:
-        label += f" ({len(finished)} of {attempted} runs)"
-    seconds_, middle_, low, high = zip(*points, strict=True) if points else ((), (), (), ())
-    return Curve(name, label, seconds_, middle_, low, high)
+def _reach(series: Sequence[Series], against: Against) -> float:
+    """Where the horizontal axis ends."""
+    lines = [line for item in series for line in (item.band, *item.lost) if line is not None]
+    return 1.04 * max((getattr(line, against)[-1] for line in lines), default=0.0)
 
 
-def save_loss_plot(records: Sequence[RunRecord], folder: Path, *, subtitle: str = "") -> list[Path]:
-    """Draw one task and save it as SVG and PNG.
+def _draw(pen: _Pen, item: Series, top: float) -> None:
+    coloured = item.rank < MOST_COLOURED
+    colour = pen.paint.line(item.look) if coloured else pen.paint.grid
+    width = pen.width if coloured else pen.width * 0.6
+    if item.band is not None:
+        x = getattr(item.band, pen.against)
+        if coloured:
+            pen.axes.fill_between(x, item.band.low, item.band.high, color=colour, alpha=0.16, linewidth=0)
+        style = {"dashes": item.look.dashes} if item.look.dashes and coloured else {"solid_capstyle": "round"}
+        pen.axes.plot(x, item.band.middle, color=colour, linewidth=width, **style)
+        if coloured:
+            pen.axes.plot(x[-1], item.band.middle[-1], "o", color=colour, markersize=2.4 * width, clip_on=False)
+    for lost in item.lost:
+        _draw_lost(pen, lost, colour, top)
+
+
+def _draw_lost(pen: _Pen, lost: Lost, colour: str, top: float) -> None:
+    """A dotted line up to the edge of the plot or the last finite loss, and a cross there."""
+    over = next((place for place, value in enumerate(lost.values) if value > top), len(lost.values) - 1)
+    x = getattr(lost, pen.against)[: over + 1]
+    y = [min(value, top) for value in lost.values[: over + 1]]
+    pen.axes.plot(x, y, color=colour, linewidth=0.6 * pen.width, linestyle=":", zorder=1.8)
+    pen.axes.plot(x[-1], y[-1], "x", color=colour, markersize=3 * pen.width, clip_on=False, zorder=3)
+
+
+def save_loss_plot(cell: Cell, folder: Path, *, subtitle: str = "") -> list[Path]:
+    """Draw the loss against seconds and save it as SVG and PNG.
 
     Args:
-        records: Records of one task.
+        cell: Runs that may be compared.
         folder: Where to, made when missing.
         subtitle: Line under the title.
 
@@ -89,77 +114,22 @@ def save_loss_plot(records: Sequence[RunRecord], folder: Path, *, subtitle: str 
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    task = tasks()[records[0].task]
-    paths = []
-    with mpl.rc_context(style()):
+    with mpl.rc_context(file_style()):
         figure = Figure(figsize=(8.0, 4.8))
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0.09, 0.12, 0.73, 0.70))
-        drawn = curves(records)
-        for curve in drawn:
-            _draw(axes, curve)
-        _decorate(figure, axes, f"{task.name}: validation {task.loss.name}", subtitle)
-        _label_few_decades(axes)
-        _label_ends(figure, axes, drawn)
-        for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
-            # Drawn into memory first: a full disk or a kill then leaves no half-written picture.
-            content = io.BytesIO()
-            figure.savefig(content, format=kind, **options)
-            path = folder / f"{task.name}.{kind}"
-            write_atomically(path, content.getvalue())
-            paths.append(path)
-    return paths
+        series = series_of(cell)
+        draw_losses(axes, series, FilePaint(), "seconds", width=2.2)
+        figure.text(0.025, 0.945, f"{cell.title}: validation {cell.problem.loss}", fontsize=14, fontweight="bold")
+        figure.text(0.025, 0.885, subtitle, fontsize=10, color=FilePaint.muted)
+        label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED)
+        # Drawn into memory first: a full disk or a kill then leaves no half-written picture.
+        kinds: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}
+        return [_save(figure.savefig, folder / f"{cell.stem}.{kind}", options) for kind, options in kinds.items()]
 
 
-def _draw(axes: Any, curve: Curve) -> None:
-    colour = colour_of(curve.optimizer)
-    axes.fill_between(curve.seconds, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
-    axes.plot(curve.seconds, curve.middle, color=colour, linewidth=2.2, solid_capstyle="round")
-    if curve.seconds:
-        axes.plot(curve.seconds[-1], curve.middle[-1], "o", color=colour, markersize=5.5)
-
-
-def _decorate(figure: Any, axes: Any, title: str, subtitle: str) -> None:
-    axes.set_yscale("log")
-    axes.set_xlabel("seconds of training (evaluation not counted)")
-    axes.set_xlim(left=0)
-    axes.grid(visible=True, axis="y", which="major")
-    figure.text(0.025, 0.945, title, fontsize=14, fontweight="bold", va="center")
-    if subtitle:
-        figure.text(0.025, 0.885, subtitle, fontsize=10, color="#555555", va="center")
-
-
-def _label_few_decades(axes: Any) -> None:
-    """Powers of ten alone leave an axis of less than two decades without labels: add 2 and 5, or every digit."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    if high / low >= _TWO_DECADES:
-        return
-    digits = (1.0, 2.0, 5.0) if high / low >= _HALF_DECADE else tuple(range(1, 10))
-    axes.yaxis.set_major_locator(LogLocator(subs=digits))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_ends(figure: Any, axes: Any, drawn: Sequence[Curve]) -> None:
-    """Name each curve at its right end, moved apart where ends are close, with a thin line to the end."""
-    ends = [curve for curve in drawn if curve.seconds]
-    figure.canvas.draw()
-    box = axes.get_window_extent()
-    heights = [axes.transData.transform((c.seconds[-1], c.middle[-1]))[1] for c in ends]
-    wanted = [(height - box.y0) / box.height for height in heights]
-    for curve, position in zip(ends, spread_positions(wanted, gap=0.075), strict=True):
-        colour = colour_of(curve.optimizer)
-        axes.annotate(
-            curve.label,
-            xy=(curve.seconds[-1], curve.middle[-1]),
-            xytext=(1.02, position),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=11,
-            fontweight="bold",
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.5, "shrinkB": 4},
-        )
+def _save(save: Callable[..., None], path: Path, options: dict[str, Any]) -> Path:
+    content = io.BytesIO()
+    save(content, format=path.suffix[1:], **options)
+    write_atomically(path, content.getvalue())
+    return path

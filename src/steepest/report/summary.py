@@ -1,37 +1,41 @@
-"""Records to one row per optimizer: mean and standard deviation over the seeds."""
+"""Records to one row per optimizer and options: mean, standard deviation and range over the seeds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
+from steepest.report.goal import Goal, goal_of
+from steepest.report.groups import Cell, Row, group
 from steepest.training.records import RunRecord
-from steepest.training.registry import optimizers, tasks
 
-__all__ = ["OptimizerSummary", "Spread", "TaskSummary", "best_rows", "summarise"]
+__all__ = ["OptimizerSummary", "Spread", "TaskSummary", "best_rows", "summarise", "summarise_cell"]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of a number over the finished runs."""
+    """A number over the finished runs: mean, sample standard deviation, smallest and largest value."""
 
     mean: float
     std: float | None
     count: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class OptimizerSummary:
-    """One optimizer on one task.
+    """One optimizer with one set of options on one task.
 
     Attributes:
-        optimizer: Registry name.
+        optimizer: Name of the optimizer.
         label: Name for people.
         finished: Runs that finished.
         attempted: Runs that were made.
         problems: How the other runs ended, as "diverged" or "failed".
         numbers: Spread of each number over the finished runs; a number nobody has is absent.
         options: Options of its runs, as JSON.
+        options_source: How they were chosen.
     """
 
     optimizer: str
@@ -40,31 +44,42 @@ class OptimizerSummary:
     attempted: int
     problems: tuple[str, ...]
     numbers: dict[str, Spread]
-    options: dict[str, object]
+    options: Mapping[str, object]
+    options_source: str
 
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """All optimizers on one task.
+    """All rows that may be compared on one task.
 
     Attributes:
-        task: Registry name.
-        metric: Key of the main metric.
+        task: Name of the task.
+        variant: What tells this one from other summaries of the task, empty if it is the only one.
+        stem: Name of its files.
+        description: One line about data and model.
+        notes: What was inferred about the data.
+        metric: Key of the main metric, None if the task has none.
         metric_label: Heading of the main metric.
         metric_higher: Whether higher is better.
         loss_label: Name of the loss.
-        rows: One per optimizer, in the order of the comparison.
+        rows: In the order of the comparison.
+        goal: Who reached which validation loss when, None if there was nothing to compare.
     """
 
     task: str
-    metric: str
+    variant: str
+    stem: str
+    description: str
+    notes: tuple[str, ...]
+    metric: str | None
     metric_label: str
     metric_higher: bool
     loss_label: str
     rows: tuple[OptimizerSummary, ...]
+    goal: Goal | None
 
 
-_NUMBERS: dict[str, Callable[[RunRecord], float | None]] = {
+_NUMBERS: Mapping[str, Callable[[RunRecord], float | None]] = {
     "val_loss": lambda record: record.final.val_loss if record.final else None,
     "test_loss": lambda record: record.final.test_loss if record.final else None,
     "seconds": lambda record: record.seconds,
@@ -74,45 +89,60 @@ _NUMBERS: dict[str, Callable[[RunRecord], float | None]] = {
 }
 
 
-def summarise(records: Sequence[RunRecord]) -> list[TaskSummary]:
-    """Group records by task and optimizer.
+def summarise(records: Sequence[RunRecord], goals: Mapping[str, float] | None = None) -> list[TaskSummary]:
+    """Put records that may be compared beside each other.
 
     Args:
-        records: Records of one comparison.
+        records: Records of one comparison or of several.
+        goals: Validation loss to reach, by task.
 
     Returns:
-        One summary per task, in the order of the records.
+        One summary per problem and conditions, in the order of the records.
     """
-    names = list(dict.fromkeys(record.task for record in records))
-    return [_summarise_task(name, [record for record in records if record.task == name]) for name in names]
+    return [summarise_cell(cell, (goals or {}).get(cell.task)) for cell in group(records)]
 
 
-def _summarise_task(name: str, records: Sequence[RunRecord]) -> TaskSummary:
-    task = tasks()[name]
-    metric = task.metrics[0]
-    chosen = list(dict.fromkeys(record.optimizer for record in records))
-    rows = [
-        _summarise_optimizer([record for record in records if record.optimizer == optimizer], metric.name)
-        for optimizer in chosen
-    ]
-    return TaskSummary(name, metric.name, metric.label, metric.higher_is_better, task.loss.name, tuple(rows))
+def summarise_cell(cell: Cell, goal: float | None = None) -> TaskSummary:
+    """Summarise records that may be compared.
+
+    Args:
+        cell: The records.
+        goal: Validation loss to reach.
+
+    Returns:
+        The summary.
+    """
+    metric = next(iter(cell.problem.metrics), None)
+    return TaskSummary(
+        task=cell.task,
+        variant=cell.variant,
+        stem=cell.stem,
+        description=cell.problem.description,
+        notes=cell.problem.notes,
+        metric=metric.name if metric else None,
+        metric_label=metric.label if metric else "",
+        metric_higher=metric.higher_is_better if metric else True,
+        loss_label=cell.problem.loss,
+        rows=tuple(_summarise_row(row, metric.name if metric else None) for row in cell.rows),
+        goal=goal_of(cell, goal),
+    )
 
 
-def _summarise_optimizer(records: Sequence[RunRecord], metric: str) -> OptimizerSummary:
-    finished = [record for record in records if record.status == "finished"]
-    numbers = {name: _spread([read(record) for record in finished]) for name, read in _NUMBERS.items()}
-    numbers["metric"] = _spread([
-        record.final.test_metrics.get(metric) if record.final else None for record in finished
-    ])
-    name = records[0].optimizer
+def _summarise_row(row: Row, metric: str | None) -> OptimizerSummary:
+    numbers = {name: _spread([read(record) for record in row.finished]) for name, read in _NUMBERS.items()}
+    if metric is not None:
+        numbers["metric"] = _spread([
+            record.final.test_metrics.get(metric) if record.final else None for record in row.finished
+        ])
     return OptimizerSummary(
-        optimizer=name,
-        label=optimizers()[name].label,
-        finished=len(finished),
-        attempted=len(records),
-        problems=tuple(record.status for record in records if record.status != "finished"),
+        optimizer=row.optimizer,
+        label=row.label,
+        finished=len(row.finished),
+        attempted=len(row.records),
+        problems=tuple(record.status for record in row.unfinished),
         numbers={key: spread for key, spread in numbers.items() if spread is not None},
-        options=records[0].options,
+        options=row.options,
+        options_source="; or: ".join(dict.fromkeys(record.options_source for record in row.records)),
     )
 
 
@@ -120,11 +150,12 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
     present = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not present:
         return None
-    return Spread(fmean(present), stdev(present) if len(present) > 1 else None, len(present))
+    std = stdev(present) if len(present) > 1 else None
+    return Spread(fmean(present), std, len(present), min(present), max(present))
 
 
-def best_rows(summary: TaskSummary, number: str, *, higher: bool = False) -> set[str]:
-    """Optimizers with the best mean of a number.
+def best_rows(summary: TaskSummary, number: str, *, higher: bool = False) -> list[OptimizerSummary]:
+    """Rows with the best mean of a number.
 
     Only those with the most finished runs compete: a mean over fewer seeds leaves out the bad ones.
 
@@ -134,28 +165,12 @@ def best_rows(summary: TaskSummary, number: str, *, higher: bool = False) -> set
         higher: Whether higher is better.
 
     Returns:
-        Registry names, more than one where means are equal, none where nothing finished.
+        The rows, more than one where means are equal, none where nothing finished.
     """
     most = max((row.finished for row in summary.rows), default=0)
-    means = {
-        row.optimizer: row.numbers[number].mean
-        for row in summary.rows
-        if row.finished == most and number in row.numbers
-    }
+    rivals = [row for row in summary.rows if row.finished == most and number in row.numbers]
+    means = [row.numbers[number].mean for row in rivals]
     if not means:
-        return set()
-    best = max(means.values()) if higher else min(means.values())
-    return {name for name, mean in means.items() if mean == best}
-
-
-def median_or_none(values: Sequence[float | None]) -> float | None:
-    """Median of the numbers that are there.
-
-    Args:
-        values: Numbers and Nones.
-
-    Returns:
-        The median, or None if there is no number.
-    """
-    present = [value for value in values if value is not None]
-    return median(present) if present else None
+        return []
+    best = max(means) if higher else min(means)
+    return [row for row, mean in zip(rivals, means, strict=True) if mean == best]

@@ -11,10 +11,12 @@ from steepest.errors import InvalidOptionError, SteepestError
 from steepest.training.optimizer import OptimizerEntry
 from steepest.training.options import check_options
 from steepest.training.records import EpochPoint, RecordStore, RunRecord
-from steepest.training.registry import get_optimizer, get_task
+from steepest.training.registry import get_optimizer
+from steepest.training.source import Source, fingerprinted, resolve
 from steepest.training.spec import RunSpec, Schedule
+from steepest.training.task import Task
 
-__all__ = ["Listener", "Request", "plan_runs", "resolve_options", "run_all"]
+__all__ = ["Listener", "Request", "options_source", "plan_runs", "resolve_options", "run_all"]
 
 Execute = Callable[[RunSpec, Callable[[EpochPoint], None]], RunRecord]
 
@@ -40,7 +42,7 @@ class Request:
     """What to compare.
 
     Attributes:
-        tasks: Names of tasks.
+        tasks: Where the tasks come from.
         optimizers: Names of optimizers.
         seeds: Seeds of initialisation and data order.
         epochs: Budget of epochs; None takes each task's own, unless seconds are given.
@@ -53,7 +55,7 @@ class Request:
         threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.
     """
 
-    tasks: Sequence[str]
+    tasks: Sequence[Source]
     optimizers: Sequence[str]
     seeds: Sequence[int]
     epochs: int | None = None
@@ -66,11 +68,11 @@ class Request:
     threads: int | None = 1
 
 
-def resolve_options(task_name: str, entry: OptimizerEntry, given: Mapping[str, object]) -> dict[str, object]:
+def resolve_options(task: Task, entry: OptimizerEntry, given: Mapping[str, object]) -> dict[str, object]:
     """Options of one optimizer on one task: the entry's, the task's stored ones, the user's, in that order.
 
     Args:
-        task_name: Name of the task.
+        task: The task.
         entry: The optimizer.
         given: What the user set.
 
@@ -80,8 +82,8 @@ def resolve_options(task_name: str, entry: OptimizerEntry, given: Mapping[str, o
     Raises:
         InvalidOptionError: If a name, a type or a value is wrong.
     """
-    stored = get_task(task_name).options.get(entry.name, {})
-    options = check_options(entry.name, entry.specs(), {**entry.options, **stored, **given})
+    own = {**entry.options, **entry.kind_options.get(task.kind, {})}
+    options = check_options(entry.name, entry.specs(), {**own, **task.options.get(entry.name, {}), **given})
     try:
         # The constructor knows its impossible values best: ask it before hours of other runs have passed.
         entry.build(nn.Linear(1, 1), options)
@@ -90,6 +92,22 @@ def resolve_options(task_name: str, entry: OptimizerEntry, given: Mapping[str, o
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidOptionError(f"{entry.name} does not take these options: {error}") from error
     return options
+
+
+def options_source(task: Task, entry: OptimizerEntry, given: Mapping[str, object]) -> str:
+    """How the options of `resolve_options` were chosen.
+
+    Args:
+        task: The task.
+        entry: The optimizer.
+        given: What the user set.
+
+    Returns:
+        Words for people.
+    """
+    stored = task.options_source if entry.name in task.options else None
+    chosen = f"set by the user: {', '.join(given)}" if given else None
+    return "; ".join(part for part in (stored or "defaults, not tuned for this task", chosen) if part)
 
 
 def plan_runs(request: Request) -> list[RunSpec]:
@@ -113,41 +131,51 @@ def plan_runs(request: Request) -> list[RunSpec]:
                 f"an option is set for {name!r}, which is not compared; add it to the optimizers "
                 f"({', '.join(request.optimizers)}) or drop the option"
             )
-    specs = []
-    for task_name in request.tasks:
-        task = get_task(task_name)
-        entries = [get_optimizer(name) for name in request.optimizers]
-        options = {entry.name: resolve_options(task_name, entry, given.get(entry.name, {})) for entry in entries}
-        own_epochs = task.epochs if request.seconds is None else None
-        batch_size = request.batch_size or task.batch_size
-        train_size = len(task.load(request.data_seed).train)
-        if batch_size > train_size:
-            raise InvalidOptionError(
-                f"batch size {batch_size} is above the {train_size} training samples of {task_name}: "
-                "no batch would be complete; use a smaller one"
-            )
-        specs += [
-            RunSpec(
-                task=task_name,
-                optimizer=entry.name,
-                options=options[entry.name],
-                seed=seed,
-                data_seed=request.data_seed,
-                epochs=request.epochs if request.epochs is not None else own_epochs,
-                seconds=request.seconds,
-                schedule=request.schedule,
-                batch_size=batch_size,
-                device=request.device,
-                threads=request.threads,
-            )
-            for seed in request.seeds
-            for entry in entries
-        ]
+    entries = [get_optimizer(name) for name in request.optimizers]
+    specs = [spec for source in request.tasks for spec in _plan_task(request, source, entries)]
+    if len({(spec.task, spec.optimizer, spec.seed) for spec in specs}) < len(specs):
+        raise InvalidOptionError("two of the tasks have the same name: rename a file, or compare them one by one")
     return specs
 
 
+def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntry]) -> list[RunSpec]:
+    task, given = resolve(source), request.options or {}
+    source = fingerprinted(source, task)
+    options = {entry.name: resolve_options(task, entry, given.get(entry.name, {})) for entry in entries}
+    own_epochs = task.epochs if request.seconds is None else None
+    batch_size = request.batch_size or task.batch_size
+    splits = task.load(request.data_seed)
+    if batch_size > len(splits.train):
+        raise InvalidOptionError(
+            f"batch size {batch_size} is above the {len(splits.train)} training samples of {task.name}: "
+            "no batch would be complete; use a smaller one"
+        )
+    task.model(splits.shape)  # a model that cannot be made is told now, and not by every run
+    return [
+        RunSpec(
+            task=task.name,
+            optimizer=entry.name,
+            options=options[entry.name],
+            seed=seed,
+            data_seed=request.data_seed,
+            epochs=request.epochs if request.epochs is not None else own_epochs,
+            seconds=request.seconds,
+            schedule=request.schedule,
+            batch_size=batch_size,
+            device=request.device,
+            threads=request.threads,
+            source=source,
+            options_source=options_source(task, entry, given.get(entry.name, {})),
+            untuned="lr" not in {**task.options.get(entry.name, {}), **given.get(entry.name, {})},
+        )
+        for seed in request.seeds
+        for entry in entries
+    ]
+
+
 def _check_budget(request: Request) -> None:
-    for kind, names in (("task", request.tasks), ("optimizer", request.optimizers)):
+    tasks = [source.name for source in request.tasks]
+    for kind, names in (("task", tasks), ("optimizer", request.optimizers)):
         if not names:
             raise InvalidOptionError(f"no {kind} was named: give at least one")
         if len(set(names)) < len(names):

@@ -93,6 +93,9 @@ def _convert_one(value: object, kind: Any) -> tuple[bool, Any]:
         return value in get_args(kind), value
     if origin is tuple:
         return _convert_tuple(value, get_args(kind))
+    if origin is list:
+        fits, items = _convert_tuple(value, (*get_args(kind), Ellipsis))
+        return fits, list(items) if fits else value
     if origin in {dict, Mapping}:
         return _convert_mapping(value, *get_args(kind))
     if kind is float:

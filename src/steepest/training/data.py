@@ -1,17 +1,36 @@
 """Tensors of a task: splits by a seeded generator, standardisation, the order of the batches."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
 from steepest.errors import InvalidOptionError
 
-__all__ = ["Split", "Splits", "batches", "epoch_order", "split_three_ways", "standardise"]
+__all__ = ["Shape", "Split", "Splits", "batches", "epoch_order", "split_three_ways", "standardise"]
 
 # Odd, so that (seed, epoch) pairs do not collide for any run one would make.
 _EPOCH_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model must know of the data.
+
+    Attributes:
+        inputs: Shape of one input, without the batch.
+        outputs: Numbers that the model puts out per sample: classes, or components of a target.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: int
+
+    @property
+    def features(self) -> int:
+        """Numbers in one input."""
+        return prod(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -38,11 +57,25 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test data of one task."""
+    """Training, validation and test data of one task.
+
+    `scaling` holds the means and scales that `standardise` took out of inputs and targets.
+    """
 
     train: Split
     val: Split
     test: Split
+    scaling: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def shape(self) -> Shape:
+        """Shapes of inputs and outputs; targets of whole numbers are classes, counted over all three parts."""
+        targets = self.train.targets
+        if targets.is_floating_point():
+            outputs = prod(targets.shape[1:])
+        else:
+            outputs = 1 + max(int(part.targets.max()) for part in (self.train, self.val, self.test))
+        return Shape(tuple(self.train.inputs.shape[1:]), outputs)
 
     def to(self, device: str) -> "Splits":
         """Copy all three to a device.
@@ -53,7 +86,7 @@ class Splits:
         Returns:
             The splits on that device.
         """
-        return Splits(self.train.to(device), self.val.to(device), self.test.to(device))
+        return Splits(self.train.to(device), self.val.to(device), self.test.to(device), scaling=self.scaling)
 
 
 def split_three_ways(inputs: Tensor, targets: Tensor, *, seed: int, val: float = 0.2, test: float = 0.2) -> Splits:
@@ -97,19 +130,22 @@ def standardise(splits: Splits, *, targets: bool = False) -> Splits:
         New splits.
     """
 
-    def scaled(part: Tensor, reference: Tensor) -> Tensor:
-        scale = reference.std(dim=0, correction=0)
-        return (part - reference.mean(dim=0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    def statistics(reference: Tensor) -> tuple[Tensor, Tensor]:
+        mean, scale = reference.mean(dim=0), reference.std(dim=0, correction=0)
+        # A constant has the rounding of its mean for a deviation: dividing by that would blow up other parts.
+        varies = scale > 8 * torch.finfo(reference.dtype).eps * mean.abs()
+        return mean, torch.where(varies, scale, torch.ones_like(scale))
 
-    train = splits.train
+    input_mean, input_scale = statistics(splits.train.inputs)
+    scaling = {"input_mean": input_mean, "input_scale": input_scale}
+    if targets:
+        scaling["target_mean"], scaling["target_scale"] = statistics(splits.train.targets)
 
     def convert(split: Split) -> Split:
-        return Split(
-            scaled(split.inputs, train.inputs),
-            scaled(split.targets, train.targets) if targets else split.targets,
-        )
+        outputs = (split.targets - scaling["target_mean"]) / scaling["target_scale"] if targets else split.targets
+        return Split((split.inputs - input_mean) / input_scale, outputs)
 
-    return Splits(convert(splits.train), convert(splits.val), convert(splits.test))
+    return Splits(convert(splits.train), convert(splits.val), convert(splits.test), scaling=scaling)
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:

@@ -1,15 +1,27 @@
-"""Errors of the training room: bad names, bad records."""
+"""Errors of the training room: bad names, data, settings, records and checkpoints."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 from steepest.errors import InvalidOptionError, SteepestError
 
-__all__ = ["RecordError", "UnknownNameError", "unknown"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "RecordError", "UnknownNameError", "unknown"]
 
 
 class UnknownNameError(InvalidOptionError):
     """A task, an optimizer or an option that does not exist."""
+
+
+class DataError(SteepestError):
+    """A data file that is missing or cannot be used."""
+
+
+class ConfigError(SteepestError):
+    """A file of settings that cannot be read or says something impossible."""
+
+
+class CheckpointError(SteepestError):
+    """A checkpoint that cannot be read or belongs to another run."""
 
 
 class RecordError(SteepestError):

@@ -12,17 +12,21 @@ import torch
 from torch import nn
 
 from steepest.errors import NonFiniteError
+from steepest.training.checkpoint import Checkpoints, Keeping
 from steepest.training.convert import plain
 from steepest.training.data import Split, Splits, epoch_order
 from steepest.training.environment import environment_row
+from steepest.training.errors import CheckpointError
 from steepest.training.evaluate import evaluate
 from steepest.training.loop import DivergedError, Trainer
 from steepest.training.memory import memory_kind, peak_memory
 from steepest.training.optimizer import OptimizerEntry
-from steepest.training.records import SCHEMA, EpochPoint, Final, RunRecord, Status, finite
-from steepest.training.registry import get_optimizer, get_task
+from steepest.training.records import SCHEMA, EpochPoint, Final, MetricNote, Problem, RunRecord, Status, finite
+from steepest.training.registry import get_optimizer
+from steepest.training.source import resolve
 from steepest.training.spec import RunSpec
 from steepest.training.task import Task
+from steepest.training.trained import save_model
 
 __all__ = ["Outcome", "execute", "make_record"]
 
@@ -45,15 +49,17 @@ class Outcome:
     peak_memory: int | None = None
     memory_kind: str = "not measured"
     num_parameters: int | None = None
+    samples: tuple[int, int, int] | None = None
     fingerprint: str | None = None
 
 
-def make_record(spec: RunSpec, outcome: Outcome) -> RunRecord:
+def make_record(spec: RunSpec, outcome: Outcome, environment: dict[str, str | int | None]) -> RunRecord:
     """Join what was asked for and what came out.
 
     Args:
         spec: The run.
         outcome: What came out of it.
+        environment: Where it was made.
 
     Returns:
         The record.
@@ -62,17 +68,26 @@ def make_record(spec: RunSpec, outcome: Outcome) -> RunRecord:
         schema=SCHEMA,
         key=spec.key(),
         task=spec.task,
+        problem=_problem(spec),
         optimizer=spec.optimizer,
         options={name: plain(value) for name, value in spec.options.items()},
+        options_source=spec.options_source,
         seed=spec.seed,
         data_seed=spec.data_seed,
         epochs=spec.epochs,
         budget_seconds=spec.seconds,
         schedule=spec.schedule,
         batch_size=spec.batch_size,
-        environment=environment_row(spec.device),
+        environment=environment,
         **{**vars(outcome), "history": tuple(outcome.history)},
     )
+
+
+def _problem(spec: RunSpec) -> Problem:
+    source = spec.origin()
+    task = resolve(source)
+    metrics = tuple(MetricNote(metric.name, metric.label, metric.higher_is_better) for metric in task.metrics)
+    return Problem(task.description, task.kind, task.loss.name, metrics, source.model, task.notes, source.digest)
 
 
 def execute(
@@ -80,6 +95,7 @@ def execute(
     on_epoch: Callable[[EpochPoint], None] = lambda _point: None,
     *,
     own_process: bool = False,
+    keeping: Keeping | None = None,
 ) -> RunRecord:
     """Make a run; errors in it become part of the record.
 
@@ -87,9 +103,13 @@ def execute(
         spec: The run.
         on_epoch: Called with every new point of the history.
         own_process: Whether this process exists for this run alone; memory is measured only then.
+        keeping: Where checkpoints and the trained model go; a checkpoint that is there is continued from.
 
     Returns:
         The record.
+
+    Raises:
+        CheckpointError: If there is a checkpoint that cannot be continued from.
     """
     threads = torch.get_num_threads()
     if spec.threads is not None:
@@ -97,21 +117,34 @@ def execute(
     outcome = Outcome()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            _run(spec, outcome, on_epoch, own_process=own_process)
+            _run(spec, outcome, on_epoch, own_process=own_process, keeping=keeping)
     except (DivergedError, NonFiniteError) as error:
         outcome.status, outcome.error = "diverged", str(error)
+    except CheckpointError:
+        raise
     except Exception as error:
         outcome.status, outcome.error = "failed", f"{type(error).__name__}: {error}"
-    record = make_record(spec, outcome)
-    torch.set_num_threads(threads)
-    return record
+    finally:
+        environment = environment_row(spec.device)
+        torch.set_num_threads(threads)
+    return make_record(spec, outcome, environment)
 
 
-def _run(spec: RunSpec, outcome: Outcome, on_epoch: Callable[[EpochPoint], None], *, own_process: bool) -> None:
-    task, entry = get_task(spec.task), get_optimizer(spec.optimizer)
-    splits = task.load(spec.data_seed).to(spec.device)
+def _run(
+    spec: RunSpec,
+    outcome: Outcome,
+    on_epoch: Callable[[EpochPoint], None],
+    *,
+    own_process: bool,
+    keeping: Keeping | None,
+) -> None:
+    task, entry = resolve(spec.origin()), get_optimizer(spec.optimizer)
+    splits = task.load(spec.data_seed)
+    shape = splits.shape
+    splits = splits.to(spec.device)
+    outcome.samples = (len(splits.train), len(splits.val), len(splits.test))
     torch.manual_seed(spec.seed)
-    model = task.model().to(spec.device)
+    model = task.model(shape).to(spec.device)
     outcome.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     outcome.fingerprint = _fingerprint(model, spec, len(splits.train))
     trial = partial(_try_out, spec, task, entry, model, splits.train)
@@ -122,13 +155,24 @@ def _run(spec: RunSpec, outcome: Outcome, on_epoch: Callable[[EpochPoint], None]
         outcome.memory_kind = memory_kind(spec.device)
     torch.manual_seed(spec.seed)
     trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), splits)
-    outcome.history = trainer.history
     try:
-        trainer.run(on_epoch)
+        _train(trainer, on_epoch, keeping)
     finally:
-        outcome.steps, outcome.seconds = trainer.steps, trainer.seconds
+        progress = trainer.progress
+        outcome.history, outcome.steps, outcome.seconds = progress.history, progress.steps, progress.seconds
     outcome.final = _final(task, model, splits)
-    outcome.status, outcome.error = _judge(trainer.history[0].val_loss, outcome.final)
+    outcome.status, outcome.error = _judge(progress.history[0].val_loss, outcome.final)
+    if keeping is not None:
+        save_model(keeping.model, spec, model, splits)
+
+
+def _train(trainer: Trainer, on_epoch: Callable[[EpochPoint], None], keeping: Keeping | None) -> None:
+    if keeping is None:
+        trainer.run(on_epoch)
+        return
+    checkpoints = Checkpoints(trainer, keeping)
+    checkpoints.restore()
+    trainer.run(on_epoch, checkpoints.before_step)
 
 
 def _try_out(spec: RunSpec, task: Task, entry: OptimizerEntry, model: nn.Module, train: Split) -> None:

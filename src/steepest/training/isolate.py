@@ -12,6 +12,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
+from steepest.training.environment import environment_row
 from steepest.training.execute import Outcome, execute, make_record
 from steepest.training.records import EpochPoint, RunRecord
 from steepest.training.spec import RunSpec
@@ -82,4 +83,4 @@ def execute_isolated(
             process.kill()
         process.join()
         receiver.close()
-    return make_record(spec, outcome)
+    return make_record(spec, outcome, environment_row(spec.device))

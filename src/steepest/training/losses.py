@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from steepest.errors import InvalidOptionError
 
-__all__ = ["CrossEntropy", "Loss", "SquaredError"]
+__all__ = ["CrossEntropy", "LabelRegression", "Loss", "SquaredError"]
 
 
 class Loss(Protocol):
@@ -89,3 +89,37 @@ class SquaredError:
             `[B * K]`, sample by sample.
         """
         return (outputs - targets).flatten()
+
+
+class LabelRegression:
+    """Squared distance `|f - onehot(y)|^2` of scores `[B, C]` from class numbers `[B]`."""
+
+    name = "label regression"
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Unreduced losses.
+
+        Args:
+            outputs: Scores `[B, C]`.
+            targets: Class numbers `[B]`.
+
+        Returns:
+            `[B]`.
+        """
+        return _from_onehot(outputs, targets).square().sum(dim=1)
+
+    def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Signed residuals.
+
+        Args:
+            outputs: Scores `[B, C]`.
+            targets: Class numbers `[B]`.
+
+        Returns:
+            `[B * C]`, sample by sample.
+        """
+        return _from_onehot(outputs, targets).flatten()
+
+
+def _from_onehot(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs - F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)

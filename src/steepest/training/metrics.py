@@ -1,11 +1,12 @@
 """Numbers reported beside the loss."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["ACCURACY", "R2", "Metric"]
+__all__ = ["ACCURACY", "PSNR", "R2", "Metric"]
 
 
 @dataclass(frozen=True)
@@ -36,5 +37,12 @@ def _r2(outputs: Tensor, targets: Tensor) -> float:
     return 1.0 - (residual / (wanted - wanted.mean(dim=0)).square().sum()).item()
 
 
+def _psnr(outputs: Tensor, targets: Tensor) -> float:
+    error = (outputs.double() - targets.double()).square().mean().item()
+    return -10.0 * math.log10(error) if error > 0 else math.inf
+
+
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True, compute=_accuracy)
 R2 = Metric("r2", "R2", higher_is_better=True, compute=_r2)
+# Peak signal-to-noise ratio of values whose range is 1 wide; a shift of outputs and targets changes nothing.
+PSNR = Metric("psnr", "PSNR in dB", higher_is_better=True, compute=_psnr)

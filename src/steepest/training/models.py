@@ -1,10 +1,16 @@
 """Small models of the training tasks."""
 
+import inspect
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
-__all__ = ["mlp"]
+from steepest.errors import InvalidOptionError
+from steepest.training.data import Shape
+
+__all__ = ["MODELS", "build_with", "cnn", "hidden", "mlp"]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -24,3 +30,100 @@ def mlp(*widths: int) -> nn.Sequential:
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.GELU()]
     return nn.Sequential(*layers[:-1])
+
+
+def hidden(*widths: int) -> Callable[[Shape], nn.Sequential]:
+    """An `mlp` with these hidden layers for data of any shape; images are flattened first.
+
+    Args:
+        *widths: Width of every hidden layer.
+
+    Returns:
+        A function from the shape of the data to the model.
+
+    Example:
+        >>> hidden(8)(Shape(inputs=(1, 4, 4), outputs=3))
+        Sequential(
+          (0): Flatten(start_dim=1, end_dim=-1)
+          (1): Linear(in_features=16, out_features=8, bias=True)
+          (2): GELU(approximate='none')
+          (3): Linear(in_features=8, out_features=3, bias=True)
+        )
+    """
+
+    def build(shape: Shape) -> nn.Sequential:
+        layers = mlp(shape.features, *widths, shape.outputs)
+        return layers if len(shape.inputs) == 1 else nn.Sequential(nn.Flatten(), *layers)
+
+    return build
+
+
+def cnn(*channels: int) -> Callable[[Shape], nn.Sequential]:
+    """Convolutions of stride 2 with GELU, then one linear layer, for images `[C, H, W]` of any size.
+
+    Args:
+        *channels: Channels after every convolution.
+
+    Returns:
+        A function from the shape of the data to the model.
+
+    Raises:
+        InvalidOptionError: From the returned function, if the inputs are no images.
+    """
+
+    def build(shape: Shape) -> nn.Sequential:
+        if len(shape.inputs) != 3:
+            raise InvalidOptionError(
+                f"a convolutional model needs inputs [C, H, W], one input here has the shape {list(shape.inputs)}: "
+                "use mlp"
+            )
+        before, height, width = shape.inputs
+        layers: list[nn.Module] = []
+        for after in channels:
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
+            before, height, width = after, (height + 1) // 2, (width + 1) // 2
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * height * width, shape.outputs))
+
+    return build
+
+
+def build_with(constructor: Any, shape: Shape, name: str) -> nn.Module:
+    """Make a user's model, giving its constructor whatever it asks for by name.
+
+    Args:
+        constructor: A class or a function; it may take `input_shape`, `in_features` and `out_features`.
+        shape: Shape of the data.
+        name: How the user named it, for the messages.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidOptionError: If it needs anything else, or makes something else than a module.
+    """
+    known = {"input_shape": shape.inputs, "in_features": shape.features, "out_features": shape.outputs}
+    if not callable(constructor):
+        raise InvalidOptionError(f"model {name} is {type(constructor).__name__}: name a class or a function")
+    parameters = inspect.signature(constructor).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    strange = [parameter for parameter in needed if parameter not in known]
+    if strange:
+        raise InvalidOptionError(
+            f"model {name} needs {', '.join(strange)}: it may take {', '.join(known)} and options with defaults"
+        )
+    model = constructor(**{p.name: known[p.name] for p in parameters if p.name in known})
+    if not isinstance(model, nn.Module):
+        raise InvalidOptionError(f"model {name} made {type(model).__name__}: it must make a torch.nn.Module")
+    return model
+
+
+def _mlp(*widths: int) -> Callable[[Shape], nn.Module]:
+    return hidden(*(widths or (64, 64)))
+
+
+def _cnn(*channels: int) -> Callable[[Shape], nn.Module]:
+    return cnn(*(channels or (16, 32, 64)))
+
+
+# What --model takes by name, with its numbers after a colon: mlp:64,64.
+MODELS: dict[str, Callable[..., Callable[[Shape], nn.Module]]] = {"mlp": _mlp, "cnn": _cnn}

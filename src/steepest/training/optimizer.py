@@ -9,11 +9,14 @@ from torch import nn
 
 from steepest.training.options import OptionSpec, option_specs
 from steepest.training.steps import StepFunction
+from steepest.training.task import Kind
 
-__all__ = ["OptimizerEntry"]
+__all__ = ["Diagnosis", "OptimizerEntry"]
+
+Diagnosis = Mapping[str, float | tuple[float, ...]]
 
 
-def _no_diagnostics(_optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _no_diagnostics(_optimizer: torch.optim.Optimizer) -> Diagnosis:
     return {}
 
 
@@ -30,7 +33,8 @@ class OptimizerEntry:
         step: How it takes a step, given its options.
         lr_range: Smallest and largest learning rate of the tuning grid.
         options: Options that differ from the constructor's defaults in every task.
-        diagnose: Numbers about the last step, for the records.
+        kind_options: The same for the tasks of one kind.
+        diagnose: Numbers about the last step, and rows of numbers, for the records.
         colour: Its colour in plots.
     """
 
@@ -42,7 +46,8 @@ class OptimizerEntry:
     step: Callable[[Mapping[str, object]], StepFunction]
     lr_range: tuple[float, float]
     options: Mapping[str, object] = field(default_factory=dict)
-    diagnose: Callable[[torch.optim.Optimizer], dict[str, float]] = _no_diagnostics
+    kind_options: Mapping[Kind, Mapping[str, object]] = field(default_factory=dict)
+    diagnose: Callable[[torch.optim.Optimizer], Diagnosis] = _no_diagnostics
     colour: str = "#444444"
 
     def specs(self) -> dict[str, OptionSpec]:

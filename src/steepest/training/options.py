@@ -70,7 +70,10 @@ def check_options(owner: str, specs: Mapping[str, OptionSpec], options: Mapping[
     for name, value in options.items():
         if name not in specs:
             raise UnknownNameError(unknown(f"option of {owner}", name, specs))
-        fits, checked[name] = convert(value, specs[name].annotation)
+        annotation = specs[name].annotation
+        if isinstance(value, Mapping) and "type" in value and dataclasses_of(annotation):
+            value = _make_dataclass(str(value["type"]), {k: v for k, v in value.items() if k != "type"}, annotation)
+        fits, checked[name] = convert(value, annotation)
         if not fits:
             wanted = describe(specs[name].annotation)
             raise InvalidOptionError(f"option {owner}.{name} got {value!r}: it takes {wanted}")
@@ -111,22 +114,30 @@ def parse_value(text: str, annotation: Any) -> object:
 
 
 def _parse_dataclass(node: ast.Call, name: str, annotation: Any) -> object:
+    specs = _fields(name, annotation)
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise InvalidOptionError(f"{ast.unparse(node)}: write the values by name, as in {name}(key=value)")
+    texts = {str(keyword.arg): ast.unparse(keyword.value) for keyword in node.keywords}
+    values = {key: parse_value(text, specs[key].annotation if key in specs else Any) for key, text in texts.items()}
+    return _make_dataclass(name, values, annotation)
+
+
+def _fields(name: str, annotation: Any) -> dict[str, OptionSpec]:
+    """What a dataclass takes, of those that an annotation allows."""
     known = dataclasses_of(annotation)
     if name not in known:
         raise UnknownNameError(unknown("value", name, known))
-    if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise InvalidOptionError(f"{ast.unparse(node)}: write the values by name, as in {name}(key=value)")
-    kind = known[name]
-    hints = typing.get_type_hints(kind)
-    specs = {
+    hints = typing.get_type_hints(known[name])
+    return {
         item.name: OptionSpec(item.name, hints[item.name], item.default)
-        for item in dataclasses.fields(kind)
+        for item in dataclasses.fields(known[name])
         if item.init
     }
-    texts = {str(keyword.arg): ast.unparse(keyword.value) for keyword in node.keywords}
-    values = {key: parse_value(text, specs[key].annotation if key in specs else Any) for key, text in texts.items()}
-    checked = check_options(name, specs, values)
+
+
+def _make_dataclass(name: str, values: Mapping[str, object], annotation: Any) -> object:
+    checked = check_options(name, _fields(name, annotation), values)
     try:
-        return kind(**checked)
+        return dataclasses_of(annotation)[name](**checked)
     except (TypeError, ValueError) as error:
-        raise InvalidOptionError(f"{ast.unparse(node)}: {error}") from error
+        raise InvalidOptionError(f"{name}: {error}") from error

@@ -7,8 +7,6 @@ any moment a record is either complete or absent. One file per run also lets a d
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,17 +14,64 @@ from typing import Literal
 
 from steepest.training.convert import convert
 from steepest.training.errors import RecordError
+from steepest.training.files import prepare_folder, write_atomically
 from steepest.training.spec import RunSpec
 
-__all__ = ["SCHEMA", "EpochPoint", "Final", "RecordStore", "RunRecord", "Status", "finite", "write_atomically"]
+__all__ = [
+    "SCHEMA",
+    "EpochPoint",
+    "Final",
+    "MetricNote",
+    "Problem",
+    "RecordStore",
+    "RunRecord",
+    "Status",
+    "finite",
+    "write_atomically",
+]
 
-SCHEMA = 1
+SCHEMA = 2
 Status = Literal["finished", "diverged", "failed", "timed_out"]
 
 
 @dataclass(frozen=True)
+class MetricNote:
+    """What a report needs to know of a metric."""
+
+    name: str
+    label: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was trained on, in words: a report then needs nothing but records.
+
+    Attributes:
+        description: One line about data and model.
+        kind: Classification or regression.
+        loss: Name of the loss.
+        metrics: The metrics, the main one first.
+        model: The model that was named instead of the task's own, if any.
+        notes: What was inferred about the data.
+        digest: Hash of the files and the user's code behind it, empty for built-in data.
+    """
+
+    description: str
+    kind: str
+    loss: str
+    metrics: tuple[MetricNote, ...]
+    model: str | None = None
+    notes: tuple[str, ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class EpochPoint:
-    """State at the end of an epoch; epoch 0 is the untrained model. None stands for a non-finite number."""
+    """State at the end of an epoch; epoch 0 is the untrained model. None stands for a non-finite number.
+
+    `diagnostics` are numbers about the optimizer's last step, `series` are rows of numbers (a spectrum).
+    """
 
     epoch: int
     steps: int
@@ -35,6 +80,7 @@ class EpochPoint:
     val_loss: float | None
     val_metrics: dict[str, float | None]
     diagnostics: dict[str, float | None] = field(default_factory=dict)
+    series: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,8 +101,10 @@ class RunRecord:
         schema: Version of this layout.
         key: `RunSpec.key()` of the run.
         task: Name of the task.
+        problem: What the task is.
         optimizer: Name of the optimizer.
         options: Options given to the constructor, as JSON.
+        options_source: How they were chosen.
         seed: Seed of initialisation and data order.
         data_seed: Seed of the splits.
         epochs: Budget of epochs, if any.
@@ -75,6 +123,7 @@ class RunRecord:
         peak_memory: Growth of memory during the run in bytes, None where it cannot be told.
         memory_kind: What `peak_memory` measures.
         num_parameters: Trainable numbers in the model.
+        samples: Samples in the training, validation and test split.
         fingerprint: Hash of the initial parameters and the first epoch's order: equal for all optimizers
             that are compared at one seed.
     """
@@ -82,8 +131,10 @@ class RunRecord:
     schema: int
     key: str
     task: str
+    problem: Problem
     optimizer: str
     options: dict[str, object]
+    options_source: str
     seed: int
     data_seed: int
     epochs: int | None
@@ -101,6 +152,7 @@ class RunRecord:
     peak_memory: int | None
     memory_kind: str
     num_parameters: int | None
+    samples: tuple[int, int, int] | None
     fingerprint: str | None
 
     def to_line(self) -> str:
@@ -158,39 +210,19 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either complete or absent, whatever happens.
-
-    Args:
-        path: Where to.
-        content: Text (written as UTF-8) or bytes.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    # Not tempfile: its files are for their owner only, and a rename would keep that.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class RecordStore:
     """The records of one comparison in a folder of their own.
 
     Args:
-        folder: Made when missing. Temporary files of killed runs in it are removed.
+        folder: Where they are; it is made by `prepare` or with the first record.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.jsonl.*.tmp"):
-            leftover.unlink(missing_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folder, see that it can be written to, and remove temporary files of killed runs."""
+        prepare_folder(self.folder)
 
     def path(self, spec: RunSpec) -> Path:
         """File of a run's record.
@@ -226,6 +258,7 @@ class RecordStore:
             Where it is.
         """
         path = self.path(spec)
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, record.to_line())
         return path
 

@@ -11,9 +11,9 @@ from typing import Protocol, TypeVar
 
 from steepest.training.errors import UnknownNameError, unknown
 from steepest.training.optimizer import OptimizerEntry
-from steepest.training.task import Task
+from steepest.training.task import FileTask, Task
 
-__all__ = ["get_optimizer", "get_task", "optimizers", "tasks"]
+__all__ = ["get_optimizer", "optimizers", "tasks"]
 
 
 class _Named(Protocol):
@@ -24,26 +24,26 @@ class _Named(Protocol):
 _Entry = TypeVar("_Entry", bound=_Named)
 
 
-def _collect(package_name: str, kind: type[_Entry]) -> dict[str, _Entry]:
+def _collect(package_name: str, kinds: tuple[type[_Entry], ...]) -> dict[str, _Entry]:
     package = importlib.import_module(package_name)
     entries: dict[str, _Entry] = {}
     for module_info in pkgutil.iter_modules(package.__path__, prefix=f"{package_name}."):
         module = importlib.import_module(module_info.name)
         for entry in module.ENTRIES:
-            if not isinstance(entry, kind) or entry.name in entries:
-                raise TypeError(f"{module_info.name} lists {entry!r}, which is no new {kind.__name__}")
+            if not isinstance(entry, kinds) or entry.name in entries:
+                raise TypeError(f"{module_info.name} lists {entry!r}, which is no new {kinds[0].__name__}")
             entries[entry.name] = entry
     return entries
 
 
 @cache
-def tasks() -> dict[str, Task]:
+def tasks() -> dict[str, Task | FileTask]:
     """All tasks by name.
 
     Returns:
         The registry; treat it as read-only.
     """
-    return _collect("steepest.training.tasks", Task)
+    return _collect("steepest.training.tasks", (Task, FileTask))
 
 
 @cache
@@ -53,20 +53,11 @@ def optimizers() -> dict[str, OptimizerEntry]:
     Returns:
         The registry; treat it as read-only.
     """
-    return _collect("steepest.training.optimizers", OptimizerEntry)
-
-
-def _find(kind: str, name: str, entries: dict[str, _Entry]) -> _Entry:
-    if name not in entries:
-        raise UnknownNameError(unknown(kind, name, entries))
-    return entries[name]
-
-
-def get_task(name: str) -> Task:
-    """Look up a task; an unknown name is told with the nearest one."""
-    return _find("task", name, tasks())
+    return _collect("steepest.training.optimizers", (OptimizerEntry,))
 
 
 def get_optimizer(name: str) -> OptimizerEntry:
     """Look up an optimizer; an unknown name is told with the nearest one."""
-    return _find("optimizer", name, optimizers())
+    if name not in optimizers():
+        raise UnknownNameError(unknown("optimizer", name, optimizers()))
+    return optimizers()[name]

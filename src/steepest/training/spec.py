@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from steepest.training.convert import plain
+from steepest.training.source import Source
 
 __all__ = ["RunSpec", "package_version"]
 
@@ -45,6 +46,9 @@ class RunSpec:
         batch_size: Samples per step.
         device: Torch device.
         threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.
+        source: Where the task comes from; None means the registry's task of that name.
+        options_source: How the options were chosen, for people; it decides no number.
+        untuned: Whether nobody chose the learning rate for this task; it decides no number either.
     """
 
     task: str
@@ -58,6 +62,13 @@ class RunSpec:
     batch_size: int = 32
     device: str = "cpu"
     threads: int | None = 1
+    source: Source | None = None
+    options_source: str = "as given"
+    untuned: bool = False
+
+    def origin(self) -> Source:
+        """Where the task comes from; the registry, unless the run says otherwise."""
+        return self.source or Source(self.task)
 
     def key(self) -> str:
         """Short hash of everything that decides the run's numbers, versions included.
@@ -65,7 +76,9 @@ class RunSpec:
         Returns:
             12 hexadecimal digits.
         """
-        content = asdict(replace(self, options={})) | {"options": plain(self.options)}
+        content = asdict(replace(self, options={}, source=None)) | {"options": plain(self.options)}
+        del content["options_source"], content["untuned"]
+        content["source"] = plain(self.origin().identity())
         content |= {"steepest": package_version("steepest"), "torch": package_version("torch")}
         text = json.dumps(content, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from steepest.training.optimizer import OptimizerEntry
+from steepest.training.optimizer import Diagnosis, OptimizerEntry
 from steepest.training.steps import StepFunction, losses_step, residuals_step
 
-_REPORTED = ("rank", "update_norm", "noise_floor", "clipped", "num_clipped")
+# Enough to see the shape of a spectrum; a large batch has thousands of singular values in every epoch.
+_SPECTRUM_POINTS = 64
+_REPORTED = ("rows", "rank", "update_norm", "noise_floor", "clipped", "num_clipped")
 
 
 def _constructor() -> Callable[..., torch.optim.Optimizer]:
@@ -20,10 +22,17 @@ def _step(options: Mapping[str, object]) -> StepFunction:
     return residuals_step if options.get("rows") == "residuals" else losses_step
 
 
-def _diagnose(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _diagnose(optimizer: torch.optim.Optimizer) -> Diagnosis:
     diagnostics = getattr(optimizer, "diagnostics", None)
     found = {name: getattr(diagnostics, name, None) for name in _REPORTED}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    numbers: dict[str, float | tuple[float, ...]] = {
+        name: float(value) for name, value in found.items() if value is not None
+    }
+    spectrum = getattr(diagnostics, "spectrum", None)
+    if spectrum is not None:
+        chosen = torch.linspace(0, len(spectrum) - 1, min(len(spectrum), _SPECTRUM_POINTS)).round().long()
+        numbers["spectrum"] = tuple(spectrum[chosen].tolist())
+    return numbers
 
 
 ENTRIES = [
@@ -35,6 +44,11 @@ ENTRIES = [
         takes="model",
         step=_step,
         lr_range=(1e-2, 1.0),
+        # Noisy data punish an undamped solution; signed residuals are the better rows wherever there are any.
+        kind_options={
+            "classification": {"solver": {"type": "Damped", "damping": 0.1}},
+            "regression": {"rows": "residuals", "solver": {"type": "Damped", "damping": 0.1}},
+        },
         diagnose=_diagnose,
         colour="#D55E00",
     )

@@ -9,7 +9,7 @@ import torch
 from steepest.training.data import Splits, split_three_ways, standardise
 from steepest.training.losses import CrossEntropy, SquaredError
 from steepest.training.metrics import ACCURACY, R2
-from steepest.training.models import mlp
+from steepest.training.models import hidden
 from steepest.training.task import Task
 from steepest.training.tuned import TUNED
 
@@ -45,7 +45,7 @@ ENTRIES = [
         description="1,797 handwritten digits of 8 x 8 pixels, 10 classes; MLP 64-64-64-10",
         kind="classification",
         load=_digits,
-        model=lambda: mlp(64, 64, 64, 10),
+        model=hidden(64, 64),
         loss=CrossEntropy(),
         metrics=(ACCURACY,),
         batch_size=64,
@@ -63,7 +63,7 @@ ENTRIES = [
         description="442 patients, 10 measurements, disease progression a year later; MLP 10-16-16-1",
         kind="regression",
         load=_diabetes,
-        model=lambda: mlp(10, 16, 16, 1),
+        model=hidden(16, 16),
         loss=SquaredError(),
         metrics=(R2,),
         batch_size=32,
@@ -81,7 +81,7 @@ ENTRIES = [
         description="569 tumours, 30 measurements, malignant or benign; MLP 30-16-16-2",
         kind="classification",
         load=_breast_cancer,
-        model=lambda: mlp(30, 16, 16, 2),
+        model=hidden(16, 16),
         loss=CrossEntropy(),
         metrics=(ACCURACY,),
         batch_size=32,

@@ -13,7 +13,7 @@ from torch import Tensor
 from steepest.training.data import Split, Splits
 from steepest.training.losses import SquaredError
 from steepest.training.metrics import R2
-from steepest.training.models import mlp
+from steepest.training.models import hidden
 from steepest.training.task import Task
 from steepest.training.tuned import TUNED
 
@@ -89,7 +89,7 @@ ENTRIES = [
         description="y = exp(-10 x^2) sin(2 x) on [-1, 1], 10,000 samples; MLP 1-16-16-16-1",
         kind="regression",
         load=_toy_1d,
-        model=lambda: mlp(1, 16, 16, 16, 1),
+        model=hidden(16, 16, 16),
         loss=SquaredError(),
         metrics=(R2,),
         batch_size=32,
@@ -111,7 +111,7 @@ ENTRIES = [
         description="random polynomial of degree 4 in 6 variables, 10,000 samples; MLP 6-16-16-16-1",
         kind="regression",
         load=_polynomial,
-        model=lambda: mlp(6, 16, 16, 16, 1),
+        model=hidden(16, 16, 16),
         loss=SquaredError(),
         metrics=(R2,),
         batch_size=32,

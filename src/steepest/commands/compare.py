@@ -1,0 +1,101 @@
+"""`steepest compare`: several optimizers with one budget, tuned by equal trials."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from steepest.commands.output import goals_by_task, print_files, print_tables, result_json
+from steepest.errors import InvalidOptionError
+from steepest.report.live import listener_for
+from steepest.report.outcome import write_outcome
+from steepest.training.compare import plan_runs, run_all
+from steepest.training.isolate import execute_isolated
+from steepest.training.records import RecordStore, RunRecord
+from steepest.training.settings import CompareSettings
+from steepest.training.spec import RunSpec
+from steepest.training.tune import Choice, apply_choices, choose, tuning_runs
+
+__all__ = ["compare"]
+
+_FOLDER = "runs/compare"
+# Learning rates that are tried for every optimizer on a task that has no stored ones.
+_DEFAULT_TRIALS = 5
+
+
+def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
+    """Carry out a comparison and show who won.
+
+    Args:
+        settings: What to compare.
+        fresh: Repeat runs that are recorded already.
+        json: Print JSON instead of tables.
+
+    Returns:
+        The exit code: 1 if a run failed.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted; finished runs are recorded.
+    """
+    request = settings.request()
+    specs = plan_runs(request)
+    goals = goals_by_task(settings.goal, [spec.task for spec in specs])
+    trials = _trials(settings, specs)
+    out = Path(settings.out or _FOLDER)
+    store, tuning = RecordStore(out / "records"), RecordStore(out / "tuning")
+    store.prepare()
+    errors = Console(stderr=True, markup=False, highlight=False)
+    choices: list[Choice] = []
+    try:
+        with listener_for(errors) as listener:
+
+            def series(title: str, runs: Sequence[RunSpec], where: RecordStore) -> list[RunRecord]:
+                listener.begin(title, len(runs))
+                make = lambda spec, on_epoch: execute_isolated(spec, on_epoch, timeout=settings.timeout)  # noqa: E731
+                return run_all(runs, where, listener, make, fresh=fresh)
+
+            if trials:
+                choices = choose(series("tuning", trials, tuning))
+                specs = apply_choices(specs, choices)
+            records = series("comparison", specs, store)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; the finished runs are in {out}, the same command goes on from there")
+        raise
+    files = write_outcome(records, out, goals=goals, subtitle=_subtitle(settings, records))
+    if json:
+        typer.echo(result_json(records, goals, {"records": store.folder, **files}))
+    else:
+        console = Console(markup=False, highlight=False)
+        _print_choices(console, choices)
+        print_tables(console, records, goals)
+        print_files(console, {"records": store.folder, "table": out / "summary.md", "report": out / "report.html"})
+    return 1 if any(record.status == "failed" for record in records) else 0
+
+
+def _trials(settings: CompareSettings, specs: Sequence[RunSpec]) -> list[RunSpec]:
+    """The tuning runs: of everything if the user asks for it, else of tasks that have no stored learning rates."""
+    if settings.tune is None:
+        untuned = [spec for spec in specs if spec.untuned]
+        return tuning_runs(untuned, _DEFAULT_TRIALS) if untuned else []
+    if settings.tune == 0:
+        return []
+    clash = [name for name, options in settings.options.items() if "lr" in options]
+    if clash:
+        raise InvalidOptionError(f"{clash[0]}.lr is set and is to be tuned too: drop one of them")
+    return tuning_runs(specs, settings.tune)
+
+
+def _subtitle(settings: CompareSettings, records: Sequence[RunRecord]) -> str:
+    machine = records[0].environment.get("gpu") or records[0].environment.get("cpu")
+    return f"median and range of {settings.seeds} seeds, {settings.schedule} learning rate, {machine}"
+
+
+def _print_choices(console: Console, choices: Sequence[Choice]) -> None:
+    for choice in choices:
+        lr = "no trial finished, stored one kept" if choice.lr is None else f"lr {choice.lr:g}"
+        loss = "" if choice.val_loss is None else f", val loss {choice.val_loss:.3g}"
+        line = (
+            f"tuned {choice.task} {choice.optimizer}: {lr}{loss} ({choice.finished}/{choice.runs} tuning runs finished)"
+        )
+        console.print(line, soft_wrap=True)

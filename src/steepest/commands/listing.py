@@ -1,0 +1,29 @@
+"""`steepest list`: what there is to train, and what each optimizer takes."""
+
+import typer
+
+from steepest.training.convert import describe
+from steepest.training.models import MODELS
+from steepest.training.registry import optimizers, tasks
+from steepest.training.task import FileTask
+
+__all__ = ["print_lists"]
+
+
+def print_lists() -> None:
+    """Print tasks, models, optimizers and options."""
+    width = max(map(len, tasks()))
+    typer.echo("tasks:")
+    for task in tasks().values():
+        typer.echo(f"  {task.name:<{width}} {task.description}")
+        if isinstance(task, FileTask):
+            typer.echo(f"  {'':<{width}} reads {task.files} in the folder that --data or STEEPEST_DATA names")
+    typer.echo("  a table of your own: data.csv --target COLUMN; a task of your own: module:attribute")
+    typer.echo(
+        f"\nmodels: the task's own, or --model {', '.join(f'{name}:NUMBERS' for name in MODELS)}, or module:attribute"
+    )
+    typer.echo("\noptimizers, with what --set OPTIMIZER.OPTION=VALUE takes:")
+    for entry in optimizers().values():
+        typer.echo(f"  {entry.name:<{width}} {entry.description}")
+        for spec in entry.specs().values():
+            typer.echo(f"    {spec.name:<24} {describe(spec.annotation)} (default {spec.default})")

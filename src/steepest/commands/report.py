@@ -1,0 +1,61 @@
+"""`steepest report`: records of any number of folders to one HTML file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from steepest.commands.output import goals_by_task, print_files, print_tables, result_json
+from steepest.report.html import write_report
+from steepest.training.errors import RecordError
+from steepest.training.records import RecordStore, RunRecord
+
+__all__ = ["report"]
+
+
+def report(
+    folders: Sequence[Path],
+    out: Path | None,
+    *,
+    title: str | None,
+    goal: float | Mapping[str, float] | None,
+    json: bool,
+) -> int:
+    """Write the report.
+
+    Args:
+        folders: Folders of runs.
+        out: The file; `report.html` in the first folder by default.
+        title: Title of the report.
+        goal: Validation loss that is timed, one for all tasks or one for each.
+        json: Print JSON instead of tables.
+
+    Returns:
+        The exit code.
+    """
+    records = [record for folder in folders for record in _read(folder)]
+    goals = goals_by_task(goal, [record.task for record in records])
+    path = out or folders[0] / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_report(records, path, title=title, goals=goals)
+    if json:
+        typer.echo(result_json(records, goals, {"report": path}))
+    else:
+        console = Console(markup=False, highlight=False)
+        print_tables(console, records, goals)
+        print_files(console, {"report": path})
+    return 0
+
+
+def _read(folder: Path) -> list[RunRecord]:
+    """Records of a comparison's folder, or of a folder that holds the records themselves."""
+    if not folder.is_dir():
+        raise RecordError(
+            f"{folder} {'is no folder' if folder.exists() else 'does not exist'}: name the --out of a run"
+        )
+    place = folder / "records" if (folder / "records").is_dir() else folder
+    records = RecordStore(place).read_all()
+    if not records:
+        raise RecordError(f"there are no run records in {place}: name the --out folder of a train or a compare")
+    return records

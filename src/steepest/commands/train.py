@@ -1,0 +1,141 @@
+"""`steepest train`: one run, with checkpoints to go on from."""
+
+import json as json_module
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from steepest.commands.options import parse_options, settings_from
+from steepest.commands.output import print_files, print_tables, result_json
+from steepest.errors import InvalidOptionError
+from steepest.report.html import write_report
+from steepest.report.live import listener_for
+from steepest.training.checkpoint import Keeping, saved_settings
+from steepest.training.compare import plan_runs
+from steepest.training.errors import CheckpointError
+from steepest.training.execute import execute
+from steepest.training.files import prepare_folder
+from steepest.training.records import RecordStore, RunRecord
+from steepest.training.settings import TrainSettings, merge
+from steepest.training.spec import RunSpec
+from steepest.training.stopping import stop_requested
+
+__all__ = ["train", "train_settings"]
+
+_CHECKPOINT = "checkpoint.pt"
+
+
+def train_settings(
+    config: Path | None, flags: Mapping[str, object], options: Sequence[str], *, resume: bool
+) -> TrainSettings:
+    """Settings from a file and flags; to resume, the folder of the run is enough.
+
+    Args:
+        config: TOML file, if any.
+        flags: What was given on the command line; None says nothing.
+        options: `--set` texts.
+        resume: Whether a run is to go on.
+
+    Returns:
+        The settings; those of the checkpoint if only its folder was named.
+
+    Raises:
+        CheckpointError: If a folder was named that has no checkpoint.
+    """
+    settings = settings_from(TrainSettings, config, flags)
+    if resume and settings.task is None and settings.data is None and settings.out is not None:
+        path = Path(settings.out) / _CHECKPOINT
+        if not path.exists():
+            raise CheckpointError(
+                f"there is no checkpoint in {settings.out}: name the folder of an unfinished run, or a task to begin"
+            )
+        settings = merge(TrainSettings, json_module.loads(saved_settings(path)), flags)
+    return merge(TrainSettings, vars(settings), {"options": parse_options(options, settings.optimizer)})
+
+
+def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> int:
+    """Make one run and show how it went.
+
+    Args:
+        settings: What to train.
+        resume: Go on from the checkpoint, if there is one.
+        fresh: Throw away a checkpoint and a record of the same run.
+        json: Print JSON instead of a table.
+
+    Returns:
+        The exit code: 1 if the run failed or diverged.
+
+    Raises:
+        InvalidOptionError: If there is a checkpoint or a record, and nothing says what to do with it.
+    """
+    if resume and fresh:
+        raise InvalidOptionError("--resume goes on and --fresh begins anew: drop one of them")
+    (spec,) = plan_runs(settings.request())
+    out = Path(settings.out or f"runs/train/{spec.task}-{spec.optimizer}")
+    store, errors = RecordStore(out / "records"), Console(stderr=True, markup=False, highlight=False)
+    record = None if fresh else store.read(spec)
+    if record is not None and record.status in {"finished", "diverged"}:
+        if not resume:
+            raise InvalidOptionError(
+                f"{out} has a record of this run already: --resume shows it, --fresh makes the run again"
+            )
+        errors.print(f"this run is {record.status} already", soft_wrap=True)
+    else:
+        _settle_checkpoint(out / _CHECKPOINT, resume=resume, fresh=fresh)
+        prepare_folder(out)
+        store.prepare()
+        record = _run(spec, settings, out, store, errors)
+    write_report([record], out / "report.html")
+    files = {"record": store.path(spec), "report": out / "report.html"}
+    if record.status == "finished":
+        files["model"] = out / "model.pt"
+    if json:
+        typer.echo(result_json([record], {}, files))
+    else:
+        console = Console(markup=False, highlight=False)
+        print_tables(console, [record], {})
+        print_files(console, files)
+    return 0 if record.status == "finished" else 1
+
+
+def _settle_checkpoint(path: Path, *, resume: bool, fresh: bool) -> None:
+    if fresh:
+        path.unlink(missing_ok=True)
+    elif path.exists() and not resume:
+        raise InvalidOptionError(
+            f"{path} is of a run that is not finished: --resume goes on with it, --fresh begins anew"
+        )
+
+
+def _beginning(checkpoint: Path, spec: RunSpec) -> str:
+    what = f"{spec.task} with {spec.optimizer}, seed {spec.seed}"
+    return f"{what}: going on from {checkpoint}" if checkpoint.exists() else what
+
+
+def _run(spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, errors: Console) -> RunRecord:
+    checkpoint = out / _CHECKPOINT
+    errors.print(_beginning(checkpoint, spec), soft_wrap=True)
+    with stop_requested() as stop, listener_for(errors, every_epoch=True) as listener:
+        keeping = Keeping(
+            checkpoint=checkpoint,
+            model=out / "model.pt",
+            settings=settings.to_json(),
+            every=settings.checkpoint_every,
+            stop=stop,
+        )
+        listener.begin("training", 1)
+        listener.run_started(spec, 1, 1)
+        try:
+            record = execute(spec, lambda point: listener.epoch_done(spec, point), own_process=True, keeping=keeping)
+        except KeyboardInterrupt:
+            if checkpoint.exists():
+                errors.print(f"interrupted; to go on: steepest train --resume --out {out}", soft_wrap=True)
+            raise
+        store.write(spec, record)
+        listener.run_done(spec, record, resumed=False)
+    if record.status in {"finished", "diverged"}:
+        # The record is there: a checkpoint that stayed behind would only be refused by the next run.
+        checkpoint.unlink(missing_ok=True)
+    return record

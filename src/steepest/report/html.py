@@ -1,0 +1,136 @@
+"""The report: one HTML file that needs nothing but itself."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from steepest.report.charts import Charts
+from steepest.report.grids import environment_grid, overview_grid
+from steepest.report.groups import Cell, group
+from steepest.report.palette import DARK, LIGHT, Paper
+from steepest.report.style import PagePaint
+from steepest.report.summary import summarise_cell
+from steepest.report.view import section
+from steepest.report.words import count, listing
+from steepest.training.files import write_atomically
+from steepest.training.records import RunRecord
+from steepest.training.spec import package_version
+
+__all__ = ["render_report", "write_report"]
+
+_UNBROKEN = re.compile(r"[\d.]+(?:e-\d+)? (?:s\b|%)|[\d.]+e-\d+|--[\w-]+")
+
+
+def render_report(
+    records: Sequence[RunRecord], *, title: str | None = None, goals: Mapping[str, float] | None = None
+) -> str:
+    """Make the page.
+
+    Args:
+        records: Runs of one comparison, of several, or a single one.
+        title: Heading of the page; None makes one from the records.
+        goals: Validation loss to reach, by task.
+
+    Returns:
+        HTML; the same records give the same text.
+    """
+    cells = group(records)
+    summaries = [summarise_cell(cell, (goals or {}).get(cell.task)) for cell in cells]
+    charts = Charts()
+    sections = [
+        section(cell, summary, place, charts)
+        for place, (cell, summary) in enumerate(zip(cells, summaries, strict=True), start=1)
+    ]
+    environments = [record.environment for record in records]
+    page = _template().render(
+        title=title or _title(cells),
+        lead=_lead(records, cells),
+        overview=overview_grid(summaries, [cell.title for cell in cells]) if len(cells) > 1 else None,
+        sections=sections,
+        environment=environment_grid(environments),
+        environments_differ=any(environment != environments[0] for environment in environments),
+        memory_kinds=list(dict.fromkeys(record.memory_kind for record in records)),
+        version=package_version("steepest"),
+        css=_css(charts.paint),
+    )
+    return page + "\n"
+
+
+def write_report(
+    records: Sequence[RunRecord],
+    path: Path,
+    *,
+    title: str | None = None,
+    goals: Mapping[str, float] | None = None,
+) -> Path:
+    """Write the page, so that the file is either complete or as it was.
+
+    Args:
+        records: Runs of one comparison, of several, or a single one.
+        path: Where to; its folder is made when missing.
+        title: Heading of the page; None makes one from the records.
+        goals: Validation loss to reach, by task.
+
+    Returns:
+        The path.
+    """
+    page = render_report(records, title=title, goals=goals)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page)
+    return path
+
+
+@cache
+def _template() -> Template:
+    text = files("steepest.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["unbroken"] = _unbroken
+    return environment.from_string(text)
+
+
+def _unbroken(text: str) -> Markup:
+    """Escaped text in which numbers with a unit or an exponent, and options, stay on one line."""
+    return Markup(_UNBROKEN.sub(r'<span class="unbroken">\g<0></span>', str(escape(text))))
+
+
+def _css(paint: PagePaint) -> Markup:
+    sheet = files("steepest.report").joinpath("report.css").read_text(encoding="utf-8")
+    light, dark = (_declarations(paper, paint) for paper in (LIGHT, DARK))
+    colours = f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+    # Colours and a file of this package: nothing of a user's, nothing to escape.
+    return Markup(colours + sheet)
+
+
+def _declarations(paper: Paper, paint: PagePaint) -> str:
+    own = {f"--{item.name}": getattr(paper, item.name) for item in fields(paper) if item.type is str}
+    return " ".join(f"{name}: {value};" for name, value in {**own, **paint.values(paper)}.items())
+
+
+def _title(cells: Sequence[Cell]) -> str:
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    where = listing(tasks) if 0 < len(tasks) < 4 else count(len(tasks), "problem")
+    labels = list(dict.fromkeys(row.label for cell in cells for row in cell.rows))
+    if not labels:
+        return "No runs"
+    return f"{labels[0]} on {where}" if len(labels) == 1 else f"Optimizers on {where}"
+
+
+def _lead(records: Sequence[RunRecord], cells: Sequence[Cell]) -> str:
+    if not records:
+        return "There are no records to report."
+    finished = sum(record.status == "finished" for record in records)
+    names = {row.optimizer for cell in cells for row in cell.rows}
+    rows = {row.label for cell in cells for row in cell.rows}
+    settings = f" in {len(rows)} settings" if len(rows) > len(names) else ""
+    seeds = {record.seed for record in records}
+    parts = [count(len(names), "optimizer") + settings, count(len(seeds), "seed"), count(len(records), "run")]
+    ended = "all finished" if finished == len(records) else f"{finished:,} finished"
+    newest = max(record.started for record in records)
+    when = newest.replace("T", " ").replace("+00:00", " UTC")
+    return f"{', '.join(parts)}, {ended}. The newest run was started on {when}."

@@ -1,0 +1,196 @@
+"""Checkpoints of a run: everything it is made of, in one file that is either complete or absent.
+
+A run that is continued from a checkpoint on the same machine, with the same versions, ends with the numbers of
+the run that was never stopped, bit for bit: model, optimizer, random generators, the place in the epoch and the
+losses so far are all in it.
+"""
+
+import pickle
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steepest.training.convert import convert, plain
+from steepest.training.errors import CheckpointError
+from steepest.training.loop import Progress, Trainer
+from steepest.training.spec import RunSpec, package_version
+from steepest.training.trained import write_tensors
+
+__all__ = ["Checkpoints", "Keeping", "read_checkpoint", "saved_settings"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a run keeps on disk beside its record.
+
+    Attributes:
+        checkpoint: File of the checkpoint.
+        model: File of the trained model.
+        settings: What the user asked for, as JSON, to be found again on resuming.
+        every: Seconds of wall-clock time between two checkpoints.
+        stop: Whether the run should stop before its next step; it then writes a checkpoint and raises
+            KeyboardInterrupt.
+    """
+
+    checkpoint: Path
+    model: Path
+    settings: str = "{}"
+    every: float = 30.0
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+
+class Checkpoints:
+    """Writes checkpoints of one run and puts the run back to where the last one was.
+
+    Args:
+        trainer: The run.
+        keeping: Where to and how often.
+    """
+
+    def __init__(self, trainer: Trainer, keeping: Keeping) -> None:
+        self._trainer, self._keeping = trainer, keeping
+        self._last = time.monotonic()
+
+    def before_step(self) -> None:
+        """Write a checkpoint if it is time to or the run is to stop.
+
+        Raises:
+            KeyboardInterrupt: After writing, if the run is to stop.
+        """
+        stop = self._keeping.stop()
+        if stop or time.monotonic() - self._last >= self._keeping.every:
+            self.save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def save(self) -> None:
+        """Write the checkpoint in place of the one before.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        trainer = self._trainer
+        content = {
+            "format": _FORMAT,
+            "versions": _versions(),
+            "settings": self._keeping.settings,
+            "run": _description(trainer.spec),
+            "key": trainer.spec.key(),
+            "model": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "progress": plain(asdict(trainer.progress)),
+            "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        try:
+            write_tensors(self._keeping.checkpoint, content)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._keeping.checkpoint} cannot be written ({error.strerror or error}); the one before it, if any, "
+                "is still there: make room and resume"
+            ) from error
+        self._last = time.monotonic()
+
+    def restore(self) -> None:
+        """Put model, optimizer, generators and progress back to the checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: If it is damaged, or of another run, model or version.
+        """
+        path, trainer = self._keeping.checkpoint, self._trainer
+        if not path.exists():
+            return
+        content = read_checkpoint(path)
+        _check_same_run(path, content, trainer.spec)
+        try:
+            trainer.model.load_state_dict(content["model"])
+            trainer.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{path} does not fit the model of this run: {reason}; begin anew with --fresh"
+            ) from error
+        fits, progress = convert(content["progress"], Progress)
+        if not fits:
+            raise CheckpointError(f"{path} has no usable progress in it; begin anew with --fresh")
+        trainer.progress = progress
+        torch.set_rng_state(content["generator"])
+        if content["cuda_generators"]:
+            torch.cuda.set_rng_state_all(content["cuda_generators"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file and check that it is one of this format.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: If it is damaged or no checkpoint of this version.
+    """
+    remedy = "begin anew with --fresh"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged in {damaged}; {remedy}")
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}); {remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} has checkpoint format {found!r}, this steepest reads {_FORMAT}; {remedy}")
+    return content
+
+
+def saved_settings(path: Path) -> str:
+    """What the user had asked for when the checkpoint was written.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        JSON.
+    """
+    return str(read_checkpoint(path)["settings"])
+
+
+def _versions() -> dict[str, str]:
+    return {name: package_version(name) for name in ("steepest", "torch")}
+
+
+def _description(spec: RunSpec) -> dict[str, object]:
+    """The run in plain words, to tell what differs."""
+    content = {name: plain(getattr(spec, name)) for name in spec.__dataclass_fields__}
+    del content["options_source"], content["untuned"]
+    content["source"] = plain(spec.origin().identity())
+    return content
+
+
+def _check_same_run(path: Path, content: dict[str, Any], spec: RunSpec) -> None:
+    versions = _versions()
+    for name, version in content["versions"].items():
+        if versions.get(name) != version:
+            raise CheckpointError(
+                f"{path} was written with {name} {version}, this is {name} {versions.get(name)}, and another version "
+                "does not continue the same run; go on with that version or begin anew with --fresh"
+            )
+    if content["key"] == spec.key():
+        return
+    now, then = _description(spec), content["run"]
+    changed = [f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in now if then.get(name) != now[name]]
+    raise CheckpointError(
+        f"{path} is of another run: {'; '.join(changed) or 'its key differs'}; "
+        "resume with the same settings, begin anew with --fresh, or use another --out"
+    )

@@ -1,0 +1,43 @@
+"""Files that are either complete or absent, whatever happens while they are written."""
+
+import os
+import secrets
+from pathlib import Path
+
+__all__ = ["prepare_folder", "write_atomically"]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, see that it can be written to, and remove what killed writers left in it.
+
+    Args:
+        folder: The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    # Told now and not after an hour of training.
+    probe = folder / "probe"
+    write_atomically(probe, "can this folder be written to?\n")
+    probe.unlink()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either complete or absent, whatever happens.
+
+    Args:
+        path: Where to.
+        content: Text (written as UTF-8) or bytes.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    # Not tempfile: its files are for their owner only, and a rename would keep that.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
