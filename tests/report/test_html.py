@@ -288,7 +288,9 @@ def test_one_run_of_one_optimizer_is_a_report() -> None:
     root = read_page(render_report([make_record()]))
     assert root.one("h1").text() == "SGD on toy_1d"
     assert "SGD ends at a validation loss of 0.100." in section_text(root)
+    assert "1 run, finished." in root.one("header").text()
     assert "Time to goal" not in root.text()
+    assert not root.all("ul"), "a legend of one line says nothing"
 
 
 @pytest.mark.parametrize(

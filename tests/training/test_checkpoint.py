@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from steepest.training import checkpoint, spec, trained
+from steepest.training import checkpoint, spec
 from steepest.training.checkpoint import Keeping, saved_settings
 from steepest.training.compare import resolve_options
-from steepest.training.errors import CheckpointError
+from steepest.training.errors import CheckpointError, OutputError
 from steepest.training.execute import execute
 from steepest.training.records import RunRecord
 from steepest.training.registry import optimizers
@@ -173,11 +173,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     interrupted(SPEC, tmp_path, 3)
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trained, "write_atomically", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*make room and resume"):
+    monkeypatch.setattr("steepest.training.files.os.fsync", full)
+    with pytest.raises(OutputError, match=r"checkpoint\.pt cannot be written \(No space left on device\)"):
         execute(SPEC, keeping=keeping(tmp_path, every=0.0))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from made import make_record
-from steepest.training.errors import RecordError
+from steepest.training.errors import OutputError, RecordError
 from steepest.training.files import write_atomically
 from steepest.training.records import SCHEMA, RecordStore, RunRecord
 from steepest.training.spec import RunSpec
@@ -118,7 +118,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("steepest.training.files.os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

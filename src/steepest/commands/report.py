@@ -34,7 +34,8 @@ def report(
     Returns:
         The exit code.
     """
-    records = [record for folder in folders for record in _read(folder)]
+    # The order of a comparison, so that its own report and this one list its optimizers alike.
+    records = sorted((record for folder in folders for record in _read(folder)), key=lambda record: record.started)
     goals = goals_by_task(goal, [record.task for record in records])
     path = out or folders[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -133,4 +133,6 @@ def _lead(records: Sequence[RunRecord], cells: Sequence[Cell]) -> str:
     ended = "all finished" if finished == len(records) else f"{finished:,} finished"
     newest = max(record.started for record in records)
     when = newest.replace("T", " ").replace("+00:00", " UTC")
+    if len(records) == 1:
+        return f"1 run, {records[0].status.replace('_', ' ')}. It was started on {when}."
     return f"{', '.join(parts)}, {ended}. The newest run was started on {when}."

@@ -83,7 +83,7 @@ def label_ends(
     against: str,
     *,
     most: int,
-    length: int = 40,
+    length: int,
     goal: float | None = None,
 ) -> None:
     """Name each line at its right end, moved apart where ends are close, with a thin line to the end.

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from steepest.report.groups import label_of
-from steepest.report.words import short
+from steepest.report.words import count, short
 from steepest.training.records import EpochPoint, RunRecord
 from steepest.training.spec import RunSpec
 
@@ -89,7 +89,7 @@ class PlainListener:
             title: What they are.
             total: How many.
         """
-        self._print(f"{title}: {total} runs")
+        self._print(f"{title}: {count(total, 'run')}")
 
     def run_started(self, spec: RunSpec, number: int, total: int) -> None:
         """Remember the place of the run.

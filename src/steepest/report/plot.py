@@ -19,6 +19,8 @@ __all__ = ["MOST_COLOURED", "Against", "draw_losses", "save_loss_plot"]
 Against = Literal["epochs", "seconds"]
 # More lines than this in colours of their own cannot be told apart: the others are drawn in grey.
 MOST_COLOURED = 8
+# Of a plot in a file: characters of a label, and what one takes of the width.
+_LONGEST_LABEL, _LETTER = 28, 0.0125
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,13 @@ def save_loss_plot(cell: Cell, folder: Path, *, subtitle: str = "") -> list[Path
     with mpl.rc_context(file_style()):
         figure = Figure(figsize=(8.0, 4.8))
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.09, 0.12, 0.73, 0.70))
         series = series_of(cell)
+        longest = max((min(len(item.label), _LONGEST_LABEL) for item in series[:MOST_COLOURED]), default=0)
+        axes = figure.add_axes((0.09, 0.12, 0.87 - _LETTER * longest, 0.70))
         draw_losses(axes, series, FilePaint(), "seconds", width=2.2)
         figure.text(0.025, 0.945, f"{cell.title}: validation {cell.problem.loss}", fontsize=14, fontweight="bold")
         figure.text(0.025, 0.885, subtitle, fontsize=10, color=FilePaint.muted)
-        label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED)
+        label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED, length=longest)
         # Drawn into memory first: a full disk or a kill then leaves no half-written picture.
         kinds: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}
         return [_save(figure.savefig, folder / f"{cell.stem}.{kind}", options) for kind, options in kinds.items()]

@@ -84,6 +84,8 @@ def section(cell: Cell, summary: TaskSummary, place: int, charts: Charts) -> Sec
 
 def _legend(cell: Cell, charts: Charts) -> tuple[Chip, ...]:
     series = series_of(cell)
+    if len(series) == 1 and not series[0].lost:
+        return ()
     chips = [
         Chip(item.label, charts.paint.place(item.look), " ".join(f"{1.6 * part:g}" for part in item.look.dashes))
         for item in series

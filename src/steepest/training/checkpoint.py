@@ -71,11 +71,7 @@ class Checkpoints:
             raise KeyboardInterrupt
 
     def save(self) -> None:
-        """Write the checkpoint in place of the one before.
-
-        Raises:
-            CheckpointError: If it cannot be written.
-        """
+        """Write the checkpoint in place of the one before."""
         trainer = self._trainer
         content = {
             "format": _FORMAT,
@@ -89,13 +85,7 @@ class Checkpoints:
             "generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        try:
-            write_tensors(self._keeping.checkpoint, content)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._keeping.checkpoint} cannot be written ({error.strerror or error}); the one before it, if any, "
-                "is still there: make room and resume"
-            ) from error
+        write_tensors(self._keeping.checkpoint, content)
         self._last = time.monotonic()
 
     def restore(self) -> None:

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from steepest.errors import InvalidOptionError, SteepestError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "RecordError", "UnknownNameError", "unknown"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "OutputError", "RecordError", "UnknownNameError", "unknown"]
 
 
 class UnknownNameError(InvalidOptionError):
@@ -22,6 +22,10 @@ class ConfigError(SteepestError):
 
 class CheckpointError(SteepestError):
     """A checkpoint that cannot be read or belongs to another run."""
+
+
+class OutputError(SteepestError):
+    """A folder that cannot be written to."""
 
 
 class RecordError(SteepestError):

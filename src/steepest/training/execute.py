@@ -16,7 +16,7 @@ from steepest.training.checkpoint import Checkpoints, Keeping
 from steepest.training.convert import plain
 from steepest.training.data import Split, Splits, epoch_order
 from steepest.training.environment import environment_row
-from steepest.training.errors import CheckpointError
+from steepest.training.errors import CheckpointError, OutputError
 from steepest.training.evaluate import evaluate
 from steepest.training.loop import DivergedError, Trainer
 from steepest.training.memory import memory_kind, peak_memory
@@ -110,6 +110,7 @@ def execute(
 
     Raises:
         CheckpointError: If there is a checkpoint that cannot be continued from.
+        OutputError: If a checkpoint or the model cannot be written.
     """
     threads = torch.get_num_threads()
     if spec.threads is not None:
@@ -120,7 +121,7 @@ def execute(
             _run(spec, outcome, on_epoch, own_process=own_process, keeping=keeping)
     except (DivergedError, NonFiniteError) as error:
         outcome.status, outcome.error = "diverged", str(error)
-    except CheckpointError:
+    except (CheckpointError, OutputError):
         raise
     except Exception as error:
         outcome.status, outcome.error = "failed", f"{type(error).__name__}: {error}"

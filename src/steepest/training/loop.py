@@ -4,11 +4,11 @@ The clock runs only while an optimizer takes its step (forward and backward incl
 evaluation, the learning-rate schedule, checkpoints and the check for divergence are outside of it.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Trainer:
                 before_step()
                 self._set_lr()
                 loss = self._timed_step(step, inputs, targets)
-                if loss is not None and not math.isfinite(loss):
+                if loss is not None and not isfinite(loss):
                     raise DivergedError(f"the loss of step {progress.steps} is {loss}")
                 progress.losses += [loss] if loss is not None else []
                 progress.batch += 1
@@ -160,7 +160,7 @@ class Trainer:
             val_loss=finite(scores.loss),
             val_metrics=scores.metrics,
             diagnostics={name: finite(value) for name, value in diagnosis.items() if isinstance(value, float)},
-            series={name: value for name, value in diagnosis.items() if isinstance(value, tuple)},
+            series={name: row for name, row in diagnosis.items() if isinstance(row, tuple) and all(map(isfinite, row))},
         )
         self.progress.history.append(point)
         on_epoch(point)

@@ -27,7 +27,6 @@ __all__ = [
     "RunRecord",
     "Status",
     "finite",
-    "write_atomically",
 ]
 
 SCHEMA = 2
