@@ -56,11 +56,11 @@ def print_tables(console: Console, records: Sequence[RunRecord], goals: Mapping[
     """
     for summary in summarise(records, goals):
         name = f"{summary.task} ({summary.variant})" if summary.variant else summary.task
-        sources = dict.fromkeys(row.options_source for row in summary.rows)
+        sources = dict.fromkeys(part for row in summary.rows for part in row.options_source.split("; "))
         console.print()
         for note in summary.notes:
             console.print(note, soft_wrap=True)
-        print_task_table(console, summary, title=f"{name} - {summary.description}", caption="; or: ".join(sources))
+        print_task_table(console, summary, title=f"{name} - {summary.description}", caption="; ".join(sources))
     console.print(_LEGEND, soft_wrap=True)
 
 

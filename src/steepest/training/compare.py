@@ -166,11 +166,17 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
             threads=request.threads,
             source=source,
             options_source=options_source(task, entry, given.get(entry.name, {})),
-            untuned="lr" not in {**task.options.get(entry.name, {}), **given.get(entry.name, {})},
+            untuned=_is_untuned(task, source, entry, given.get(entry.name, {})),
         )
         for seed in request.seeds
         for entry in entries
     ]
+
+
+def _is_untuned(task: Task, source: Source, entry: OptimizerEntry, given: Mapping[str, object]) -> bool:
+    # A learning rate that is stored with a task was chosen for the task's own model.
+    stored = {} if source.model is not None else task.options.get(entry.name, {})
+    return "lr" not in {**stored, **given}
 
 
 def _check_budget(request: Request) -> None:

@@ -164,7 +164,7 @@ def _run(
     outcome.final = _final(task, model, splits)
     outcome.status, outcome.error = _judge(progress.history[0].val_loss, outcome.final)
     if keeping is not None:
-        save_model(keeping.model, spec, model, splits)
+        save_model(keeping.model, spec, task, model, splits)
 
 
 def _train(trainer: Trainer, on_epoch: Callable[[EpochPoint], None], keeping: Keeping | None) -> None:

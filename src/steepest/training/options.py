@@ -44,11 +44,16 @@ def option_specs(constructor: Callable[..., object]) -> dict[str, OptionSpec]:
     # object: one asks the class for its __init__ on purpose, whatever kind of callable it is.
     hints = typing.get_type_hints(getattr(constructor, "__init__", constructor))
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    return {
+    specs = {
         parameter.name: OptionSpec(parameter.name, hints.get(parameter.name, Any), parameter.default)
         for parameter in parameters
         if parameter.name != "params" and parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
     }
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if passes_on and isinstance(constructor, type) and constructor.__mro__[1] is not object:
+        # `def __init__(self, model, *, metric=..., **options)`: the rest is the parent's.
+        return option_specs(constructor.__mro__[1]) | specs
+    return specs
 
 
 def check_options(owner: str, specs: Mapping[str, OptionSpec], options: Mapping[str, object]) -> dict[str, object]:

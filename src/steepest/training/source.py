@@ -88,7 +88,11 @@ def resolve(source: Source) -> Task:
     else:
         _refuse_table_settings(source)
         task = entry.at(data_folder(source.data, entry)) if isinstance(entry, FileTask) else entry
-    return task if source.model is None else replace(task, model=_model(source.model))
+    if source.model is None:
+        return task
+    chosen = task.options_source and f"{task.options_source} (all of it for the task's own model)"
+    description = f"{task.description}; here with the model {source.model}"
+    return replace(task, model=_model(source.model), description=description, options_source=chosen)
 
 
 def fingerprinted(source: Source, task: Task) -> Source:

@@ -41,6 +41,7 @@ class _Data:
     target: Tensor | Sequence[str]
     target_name: str
     notes: tuple[str, ...]
+    features: tuple[str, ...] = ()
 
 
 def table_task(
@@ -107,6 +108,8 @@ def table_task(
         options={"sven": {"rows": "losses"}} if regression and outputs > 1 else {},
         files=(path,),
         notes=targets.notes + data.notes,
+        features=data.features,
+        classes=targets.classes,
     )
 
 
@@ -163,7 +166,7 @@ def _from_sheet(sheet: Sheet, target: str | None, ignore: tuple[str, ...], *, dr
     notes = [] if sheet.named else [f"{sheet.path.name} has no header line: its columns are called by their positions"]
     if table.dropped:
         notes.append(f"{table.dropped:,} rows with missing cells were left out")
-    inputs: list[Tensor] = []
+    inputs: list[tuple[str, Tensor]] = []
     constant: list[str] = []
     for name, column in zip(table.names, table.columns, strict=True):
         if name == goal:
@@ -174,17 +177,18 @@ def _from_sheet(sheet: Sheet, target: str | None, ignore: tuple[str, ...], *, dr
         inputs += _features(sheet.path, name, column, notes)
     if constant:
         notes.append(f"constant in every row, kept all the same: {', '.join(constant)}")
-    return _Data(torch.stack(inputs, dim=1), answers, goal, tuple(notes))
+    features, values = zip(*inputs, strict=True)
+    return _Data(torch.stack(values, dim=1), answers, goal, tuple(notes), features)
 
 
-def _features(path: Path, name: str, column: Column, notes: list[str]) -> list[Tensor]:
+def _features(path: Path, name: str, column: Column, notes: list[str]) -> list[tuple[str, Tensor]]:
     if isinstance(column, Tensor):
         if column.abs().max() > _LARGEST:
             raise DataError(
                 f"{path}: column {name!r} reaches {float(column.abs().max()):g}, above {_LARGEST:g}: its scale cannot "
                 f"be computed; rescale it, or leave it out with --ignore {name}"
             )
-        return [column]
+        return [(name, column)]
     values = sorted(set(column))
     if len(values) > _MOST_TEXT_VALUES:
         raise DataError(
@@ -192,7 +196,7 @@ def _features(path: Path, name: str, column: Column, notes: list[str]) -> list[T
             f"{_MOST_TEXT_VALUES} become one input each: leave it out with --ignore {name}"
         )
     notes.append(f"column {name!r} is text: one input of 0 or 1 for each of its {len(values)} values")
-    return [torch.tensor([cell == value for cell in column], dtype=torch.float64) for value in values]
+    return [(f"{name}={value}", torch.tensor([cell == value for cell in column]).double()) for value in values]
 
 
 def _from_npz(path: Path, target: str | None, ignore: tuple[str, ...]) -> _Data:

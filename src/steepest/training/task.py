@@ -34,6 +34,8 @@ class Task:
         options_source: How those options were chosen; None where nothing was: the optimizers' own defaults.
         files: Files that decide the data: another content makes another run.
         notes: What a user should be told about the data, such as what was inferred.
+        features: Names of the inputs in their order, where they have names.
+        classes: Names of the classes in the order of their numbers, where they have names.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Task:
     options_source: str | None = None
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 from steepest.training.data import Splits
 from steepest.training.files import write_atomically
 from steepest.training.spec import RunSpec
+from steepest.training.task import Task
 
 __all__ = ["save_model", "write_tensors"]
 
@@ -26,12 +27,13 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def save_model(path: Path, spec: RunSpec, model: nn.Module, splits: Splits) -> None:
-    """Save what one needs to use a model: its state, and the scaling of inputs and targets.
+def save_model(path: Path, spec: RunSpec, task: Task, model: nn.Module, splits: Splits) -> None:
+    """Save what one needs to use a model: its state, the scaling of inputs and targets, the names of both.
 
     Args:
         path: Where to.
         spec: The run that trained it.
+        task: Its task.
         model: The model.
         splits: The data that it was trained on.
     """
@@ -45,5 +47,7 @@ def save_model(path: Path, spec: RunSpec, model: nn.Module, splits: Splits) -> N
             "model": spec.origin().model,
             "input_shape": list(shape.inputs),
             "outputs": shape.outputs,
+            "features": list(task.features),
+            "classes": list(task.classes),
         },
     )

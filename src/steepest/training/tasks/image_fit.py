@@ -18,6 +18,7 @@ from steepest.training.losses import SquaredError
 from steepest.training.metrics import PSNR
 from steepest.training.models import hidden
 from steepest.training.task import Task
+from steepest.training.tuned import rates, tuned_rates
 
 _HEIGHT, _WIDTH = 64, 96
 _FEATURES = 64
@@ -77,6 +78,7 @@ ENTRIES = [
         batch_size=64,
         epochs=20,
         # Signed residuals are one row per sample: three colours go as losses.
-        options={"sven": {"rows": "losses"}},
+        options={**rates(sgd=0.316, adam=0.03, lbfgs=0.1), "sven": {"rows": "losses", "lr": 1.0}},
+        options_source=tuned_rates(7),
     )
 ]

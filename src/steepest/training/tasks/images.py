@@ -4,6 +4,7 @@ The two MNIST tasks are the problems of the Sven paper (arXiv 2604.01279): the o
 the official training images for training and 10,000 for validation, drawn by the data seed.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from steepest.training.readers.cifar import cifar10_files, read_cifar10
 from steepest.training.readers.files import find_files
 from steepest.training.readers.idx import read_idx
 from steepest.training.task import FileTask, Task
+from steepest.training.tuned import rates, tuned_rates
 
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _OFFICIAL_TRAIN = 60_000
@@ -93,6 +95,7 @@ def _idx_entry(
     scaling: tuple[float, float],
     loss: Loss,
     epochs: int,
+    options: Mapping[str, Mapping[str, object]] | None = None,
 ) -> FileTask:
     folder_name, title, origin = source
 
@@ -110,6 +113,8 @@ def _idx_entry(
             batch_size=64,
             epochs=epochs,
             files=paths,
+            options=options or {},
+            options_source=tuned_rates(5) if options else None,
         )
 
     return FileTask(name, description, "classification", f"{folder_name}/{_IDX_FILES[0]}.gz and three more", origin, at)
@@ -173,6 +178,7 @@ ENTRIES = [
         scaling=(0.2860, 0.3530),
         loss=CrossEntropy(),
         epochs=10,
+        options=rates(sven=0.316, sgd=0.0316, adam=0.00169, lbfgs=0.178),
     ),
     FileTask("cifar10", _CIFAR, "classification", "cifar10/", _CIFAR_ORIGIN, _cifar10),
 ]

@@ -1,6 +1,6 @@
 """Regression tables that the machine learning literature reports on, as files of the user's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +8,20 @@ from steepest.training.errors import DataError
 from steepest.training.readers.files import find_files
 from steepest.training.tabular import table_task
 from steepest.training.task import FileTask, Task
+from steepest.training.tuned import rates, tuned_rates
 
 _UCI = "the UCI Machine Learning Repository (https://archive.ics.uci.edu)"
 
 
 def _entry(
-    name: str, title: str, columns: Sequence[str], *, rows: int, files: tuple[str, ...], origin: str
+    name: str,
+    title: str,
+    columns: Sequence[str],
+    *,
+    rows: int,
+    files: tuple[str, ...],
+    origin: str,
+    options: Mapping[str, Mapping[str, object]],
 ) -> FileTask:
     features = len(columns) - 1
     description = f"{title}: {rows:,} rows, {features} inputs; MLP {features}-64-64-1"
@@ -30,6 +38,7 @@ def _entry(
             description=description,
             columns=tuple(columns),
         )
+        task = replace(task, options=options, options_source=tuned_rates(7))
         splits = task.load(0)
         found = sum(map(len, (splits.train, splits.val, splits.test)))
         if found == rows:
@@ -58,6 +67,7 @@ ENTRIES = [
         rows=20_640,
         files=("cal_housing.data", "cal_housing.csv", "california_housing.csv"),
         origin="StatLib or Luis Torgo's regression data sets (cal_housing.data, comma-separated, nine columns)",
+        options=rates(sven=1.0, sgd=0.1, adam=0.03, lbfgs=0.01),
     ),
     _entry(
         "concrete",
@@ -76,6 +86,7 @@ ENTRIES = [
         rows=1_030,
         files=("data.txt", "concrete.csv"),
         origin=f"{_UCI}, Concrete Compressive Strength, saved as text",
+        options=rates(sven=1.0, sgd=0.1, adam=0.03, lbfgs=0.316),
     ),
     _entry(
         "energy",
@@ -94,6 +105,7 @@ ENTRIES = [
         rows=768,
         files=("data.txt", "energy.csv"),
         origin=f"{_UCI}, Energy Efficiency, saved as text without the cooling load",
+        options=rates(sven=1.0, sgd=0.1, adam=0.03, lbfgs=1.0),
     ),
     _entry(
         "power_plant",
@@ -102,6 +114,7 @@ ENTRIES = [
         rows=9_568,
         files=("data.txt", "power_plant.csv"),
         origin=f"{_UCI}, Combined Cycle Power Plant, saved as text",
+        options=rates(sven=1.0, sgd=0.1, adam=0.0949, lbfgs=0.01),
     ),
     _entry(
         "airfoil",
@@ -117,5 +130,6 @@ ENTRIES = [
         rows=1_503,
         files=("airfoil_self_noise.dat", "airfoil.csv"),
         origin=f"{_UCI}, Airfoil Self-Noise",
+        options=rates(sven=1.0, sgd=0.1, adam=0.03, lbfgs=0.1),
     ),
 ]
