@@ -78,7 +78,7 @@ def test_json_is_all_there_is_on_standard_output(compared: Path, capsys: Capsys)
 def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsys) -> None:
     small = ["compare", "diabetes", "-o", "sgd", "--seeds", "1", "--epochs", "1", "--tune", "2"]
     assert run([*small, "--out", str(tmp_path)]) == 0
-    assert "tuned diabetes sgd: lr" in capsys.readouterr().out
+    assert "tuned diabetes sgd, batch 32: lr" in capsys.readouterr().out
     assert {record.seed for record in RecordStore(tmp_path / "tuning").read_all()} == {1000, 1001, 1002}
     assert {record.seed for record in RecordStore(tmp_path / "records").read_all()} == {0}
 
@@ -229,7 +229,7 @@ def _wait_for_records(out: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-INTERRUPTED = ["compare", "diabetes", "-o", "sgd,adam", "--seeds", "3", "--epochs", "60"]
+INTERRUPTED = ["compare", "diabetes", "-o", "sgd,adam", "--seeds", "3", "--epochs", "150"]
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,10 @@ _Budget = Annotated[
     typer.Option("--budget-seconds", help="Training seconds per run, instead of epochs or besides them."),
 ]
 _Schedule = Annotated[str | None, typer.Option(help="Learning rate: linear (falls to 0, the default) or constant.")]
-_BatchSize = Annotated[int | None, typer.Option(help="Samples per step; each task has its own default.")]
+_BatchSize = Annotated[
+    str | None,
+    typer.Option(help="Samples per step, or all for the whole training split; each task has its own default."),
+]
 _DataSeed = Annotated[int | None, typer.Option(help="Seed of the splits (default 0).")]
 _Device = Annotated[str | None, typer.Option(help="Torch device, such as cpu (the default) or cuda.")]
 _Threads = Annotated[int | None, typer.Option(help="Threads of torch on CPU (default 1).")]
@@ -183,7 +186,7 @@ def train(
         The exit code: 1 if the run failed or diverged.
     """
     del debug
-    flags = {**locals(), "ignore": _names(ignore)}
+    flags = {**locals(), "ignore": _names(ignore), "batch_size": _size(batch_size)}
     from steepest.commands.train import train as train_command
     from steepest.commands.train import train_settings
 
@@ -221,6 +224,9 @@ def compare(
     budget_seconds: _Budget = None,
     schedule: _Schedule = None,
     batch_size: _BatchSize = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Compare at each of these batch sizes: a large-batch study.")
+    ] = None,
     data_seed: _DataSeed = None,
     device: _Device = None,
     threads: _Threads = None,
@@ -244,6 +250,10 @@ def compare(
     """
     del debug
     flags = {**locals(), "tasks": tasks or None, "optimizers": _names(optimizers), "ignore": _names(ignore)}
+    flags |= {
+        "batch_size": _size(batch_size),
+        "batch_sizes": [_size(size) for size in _names(batch_sizes) or []] or None,
+    }
     from steepest.commands.compare import compare as compare_command
     from steepest.commands.options import parse_goals, parse_settings, settings_from
     from steepest.training.settings import CompareSettings
@@ -280,6 +290,10 @@ def report(
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _size(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.strip().lstrip("-").isdecimal() else text
 
 
 def _only_settings(flags: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_what_the_user_sets_wins_over_what_is_stored() -> None:
         ({"epochs": 0}, "the epochs is 0: it must be a finite number above 0"),
         ({"seconds": -1.0}, "budget of seconds is -1.0"),
         ({"seconds": float("nan")}, "budget of seconds is nan"),
-        ({"batch_size": 10_000_000}, "above the 266 training samples"),
+        ({"batch_sizes": [10_000_000]}, "above the 266 training samples"),
         ({"options": {"lbfgs": {"lr": 1.0}}}, "'lbfgs', which is not compared"),
         ({"options": {"sgd": {"lr": -1.0}}}, "sgd does not take these options: Invalid learning rate"),
         ({"options": {"sgd": {"moment": 0.5}}}, "did you mean 'momentum'"),
@@ -186,3 +186,24 @@ def test_tuning_seeds_are_not_reported_and_trials_are_counted() -> None:
         tuning_runs([RunSpec("toy_1d", "sgd", seed=TUNING_SEEDS[0])], 3)
     with pytest.raises(InvalidOptionError, match="at least 1"):
         tuning_runs([RunSpec("toy_1d", "sgd")], 0)
+
+
+def test_a_large_batch_study_compares_every_size_by_itself() -> None:
+    request = Request([Source("diabetes")], ["sgd", "adam"], [0], epochs=1, batch_sizes=[32, 64, "all"])
+    specs = plan_runs(request)
+    assert [(spec.batch_size, spec.optimizer) for spec in specs] == [
+        (size, name) for size in (32, 64, 266) for name in ("sgd", "adam")
+    ]
+    # The stored learning rates are the task's own batch size's.
+    assert [spec.untuned for spec in specs] == [False, False, True, True, True, True]
+    trials = tuning_runs(specs, 2)
+    assert len({(spec.batch_size, spec.optimizer, spec.options["lr"]) for spec in trials}) == 12
+    records = [
+        make_record(options={"lr": lr}, batch_size=size, loss=lr) for size in (32, 64) for lr in (0.1, 0.01 * size)
+    ]
+    assert [(choice.batch_size, choice.lr) for choice in choose(records)] == [(32, 0.1), (64, 0.1)]
+
+
+def test_a_batch_size_is_named_once() -> None:
+    with pytest.raises(InvalidOptionError, match="give each size once"):
+        plan_runs(Request([Source("diabetes")], ["sgd"], [0], epochs=1, batch_sizes=[266, "all"]))

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from steepest.training.errors import DataError
 from steepest.training.execute import execute
 from steepest.training.isolate import execute_isolated
 from steepest.training.records import EpochPoint
+from steepest.training.source import Source
 from steepest.training.spec import RunSpec
 
 SPEC = RunSpec("diabetes", "adam", {"lr": 0.01}, epochs=2, batch_size=32)
@@ -56,3 +58,15 @@ def test_a_run_that_takes_too_long_is_timed_out() -> None:
     assert record.status == "timed_out"
     assert "not finished after 1 s" in str(record.error)
     assert not multiprocessing.active_children()
+
+
+def test_a_run_whose_files_are_gone_is_told_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    spec = replace(SPEC, task="gone", source=Source("gone.csv", target="y"))
+    with pytest.raises(DataError, match=r"gone\.csv does not exist"):
+        execute_isolated(spec)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_record_of_a_dead_process_has_the_threads_of_its_run() -> None:
+    record = execute_isolated(replace(SPEC, epochs=100_000, threads=2), timeout=0.5)
+    assert record.environment["threads"] == 2

@@ -96,6 +96,7 @@ def _print_choices(console: Console, choices: Sequence[Choice]) -> None:
         lr = "no trial finished, stored one kept" if choice.lr is None else f"lr {choice.lr:g}"
         loss = "" if choice.val_loss is None else f", val loss {choice.val_loss:.3g}"
         line = (
-            f"tuned {choice.task} {choice.optimizer}: {lr}{loss} ({choice.finished}/{choice.runs} tuning runs finished)"
+            f"tuned {choice.task} {choice.optimizer}, batch {choice.batch_size}: {lr}{loss} "
+            f"({choice.finished}/{choice.runs} tuning runs finished)"
         )
         console.print(line, soft_wrap=True)

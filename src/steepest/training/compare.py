@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,8 +16,9 @@ from steepest.training.source import Source, fingerprinted, resolve
 from steepest.training.spec import RunSpec, Schedule
 from steepest.training.task import Task
 
-__all__ = ["Listener", "Request", "options_source", "plan_runs", "resolve_options", "run_all"]
+__all__ = ["BatchSize", "Listener", "Request", "options_source", "plan_runs", "resolve_options", "run_all"]
 
+BatchSize = int | Literal["all"]
 Execute = Callable[[RunSpec, Callable[[EpochPoint], None]], RunRecord]
 
 
@@ -49,7 +50,8 @@ class Request:
         seconds: Budget of training seconds per run.
         options: Options per optimizer, over the stored ones.
         schedule: Learning-rate schedule, the same for every optimizer.
-        batch_size: Samples per step; None takes each task's own.
+        batch_sizes: Samples per step, "all" for the whole training split; every size is a comparison of its own.
+            None takes each task's own.
         data_seed: Seed of the splits.
         device: Torch device.
         threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.
@@ -62,7 +64,7 @@ class Request:
     seconds: float | None = None
     options: Mapping[str, Mapping[str, object]] | None = None
     schedule: Schedule = "linear"
-    batch_size: int | None = None
+    batch_sizes: Sequence[BatchSize] | None = None
     data_seed: int = 0
     device: str = "cpu"
     threads: int | None = 1
@@ -133,8 +135,11 @@ def plan_runs(request: Request) -> list[RunSpec]:
             )
     entries = [get_optimizer(name) for name in request.optimizers]
     specs = [spec for source in request.tasks for spec in _plan_task(request, source, entries)]
-    if len({(spec.task, spec.optimizer, spec.seed) for spec in specs}) < len(specs):
-        raise InvalidOptionError("two of the tasks have the same name: rename a file, or compare them one by one")
+    if len({(spec.task, spec.optimizer, spec.seed, spec.batch_size) for spec in specs}) < len(specs):
+        raise InvalidOptionError(
+            "two of the tasks have the same name, or two batch sizes are the same: rename a file, or give each size "
+            "once"
+        )
     return specs
 
 
@@ -143,12 +148,13 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
     source = fingerprinted(source, task)
     options = {entry.name: resolve_options(task, entry, given.get(entry.name, {})) for entry in entries}
     own_epochs = task.epochs if request.seconds is None else None
-    batch_size = request.batch_size or task.batch_size
     splits = task.load(request.data_seed)
-    if batch_size > len(splits.train):
+    whole = len(splits.train)
+    sizes = [whole if size == "all" else size for size in request.batch_sizes or [task.batch_size]]
+    if max(sizes) > whole:
         raise InvalidOptionError(
-            f"batch size {batch_size} is above the {len(splits.train)} training samples of {task.name}: "
-            "no batch would be complete; use a smaller one"
+            f"batch size {max(sizes)} is above the {whole} training samples of {task.name}: no batch would be "
+            "complete; use a smaller one, or all"
         )
     task.model(splits.shape)  # a model that cannot be made is told now, and not by every run
     return [
@@ -161,21 +167,25 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
             epochs=request.epochs if request.epochs is not None else own_epochs,
             seconds=request.seconds,
             schedule=request.schedule,
-            batch_size=batch_size,
+            batch_size=size,
             device=request.device,
             threads=request.threads,
             source=source,
             options_source=options_source(task, entry, given.get(entry.name, {})),
-            untuned=_is_untuned(task, source, entry, given.get(entry.name, {})),
+            untuned=_is_untuned(task, source, entry, given.get(entry.name, {}), size),
         )
+        for size in sizes
         for seed in request.seeds
         for entry in entries
     ]
 
 
-def _is_untuned(task: Task, source: Source, entry: OptimizerEntry, given: Mapping[str, object]) -> bool:
-    # A learning rate that is stored with a task was chosen for the task's own model.
-    stored = {} if source.model is not None else task.options.get(entry.name, {})
+def _is_untuned(
+    task: Task, source: Source, entry: OptimizerEntry, given: Mapping[str, object], batch_size: int
+) -> bool:
+    # A learning rate that is stored with a task was chosen for the task's own model and batch size.
+    own = source.model is None and batch_size == task.batch_size
+    stored = task.options.get(entry.name, {}) if own else {}
     return "lr" not in {**stored, **given}
 
 
@@ -191,7 +201,7 @@ def _check_budget(request: Request) -> None:
     for what, value in (
         ("epochs", request.epochs),
         ("budget of seconds", request.seconds),
-        ("batch size", request.batch_size),
+        *(("batch size", size) for size in request.batch_sizes or () if size != "all"),
         ("number of threads", request.threads),
     ):
         if value is not None and not 0 < value < float("inf"):

@@ -52,11 +52,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment_row(device: str = "cpu") -> dict[str, str | int | None]:
+def environment_row(device: str = "cpu", threads: int | None = None) -> dict[str, str | int | None]:
     """What a record says about where it was made.
 
     Args:
         device: Torch device of the run.
+        threads: Threads of torch in the run; None takes those of this process.
 
     Returns:
         Names and values, ready for JSON.
@@ -70,7 +71,7 @@ def environment_row(device: str = "cpu") -> dict[str, str | int | None]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if threads is None else threads,
         "gpu": gpu,
         "device": device,
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),

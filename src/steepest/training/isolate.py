@@ -39,6 +39,8 @@ def _child(connection: Connection, spec: RunSpec) -> None:
         connection.send(execute(spec, connection.send, own_process=True))
     except BrokenPipeError:
         return  # the parent is gone, nobody waits for this run
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
     finally:
         connection.close()
 
@@ -70,10 +72,14 @@ def execute_isolated(
             message = receiver.recv()
             if isinstance(message, RunRecord):
                 return message
+            if isinstance(message, str):
+                outcome.status, outcome.error = "failed", message
+                break
             outcome.history.append(message)
             outcome.steps, outcome.seconds = message.steps, message.seconds
             on_epoch(message)
-        outcome.status, outcome.error = "timed_out", f"not finished after {timeout:g} s of wall-clock time"
+        else:
+            outcome.status, outcome.error = "timed_out", f"not finished after {timeout:g} s of wall-clock time"
     except EOFError:
         process.join()
         outcome.status = "failed"
@@ -83,4 +89,4 @@ def execute_isolated(
             process.kill()
         process.join()
         receiver.close()
-    return make_record(spec, outcome, environment_row(spec.device))
+    return make_record(spec, outcome, environment_row(spec.device, spec.threads))

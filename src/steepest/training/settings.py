@@ -8,12 +8,12 @@ import json
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from steepest.errors import InvalidOptionError
-from steepest.training.compare import Request
+from steepest.training.compare import BatchSize, Request
 from steepest.training.convert import convert, describe, plain
 from steepest.training.errors import ConfigError, UnknownNameError, unknown
 from steepest.training.source import Source
@@ -31,7 +31,7 @@ class Settings:
         epochs: Epochs per run; None takes the task's own, unless seconds are given.
         budget_seconds: Training seconds per run.
         schedule: Learning rate over the budget.
-        batch_size: Samples per step; None takes the task's own.
+        batch_size: Samples per step, "all" for the whole training split; None takes the task's own.
         data_seed: Seed of the splits.
         device: Torch device.
         threads: Threads of torch on CPU.
@@ -47,7 +47,7 @@ class Settings:
     epochs: int | None = None
     budget_seconds: float | None = None
     schedule: Schedule = "linear"
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     data_seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -119,7 +119,7 @@ class Settings:
             seconds=self.budget_seconds,
             options=options,
             schedule=self.schedule,
-            batch_size=self.batch_size,
+            batch_sizes=None if self.batch_size is None else [self.batch_size],
             data_seed=self.data_seed,
             device=self.device,
             threads=self.threads,
@@ -170,6 +170,7 @@ class CompareSettings(Settings):
         tasks: The tasks.
         optimizers: The optimizers.
         options: Options by optimizer.
+        batch_sizes: Batch sizes that are compared, each by itself, instead of one.
         seeds: Number of seeds: 0, 1, 2, ...
         tune: Learning rates to try for every optimizer; 0 for none; None tries 5 on tasks without stored ones.
         timeout: Wall-clock seconds after which a run is given up.
@@ -180,6 +181,7 @@ class CompareSettings(Settings):
     tasks: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ("sven", "sgd", "adam", "lbfgs")
     options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    batch_sizes: tuple[BatchSize, ...] = ()
     seeds: int = 3
     tune: int | None = None
     timeout: float | None = None
@@ -192,11 +194,16 @@ class CompareSettings(Settings):
             What to plan.
 
         Raises:
-            InvalidOptionError: If the timeout is impossible.
+            InvalidOptionError: If the timeout is impossible, or two kinds of batch sizes are given.
         """
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise InvalidOptionError(f"the timeout is {self.timeout}: it must be a finite number above 0")
-        return self._plan(self.tasks, self.optimizers, range(self.seeds), self.options)
+        plan = self._plan(self.tasks, self.optimizers, range(self.seeds), self.options)
+        if not self.batch_sizes:
+            return plan
+        if self.batch_size is not None:
+            raise InvalidOptionError("batch_size and batch_sizes are both given: drop one of them")
+        return replace(plan, batch_sizes=self.batch_sizes)
 
 
 _Kind = TypeVar("_Kind", bound=Settings)

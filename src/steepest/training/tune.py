@@ -26,6 +26,7 @@ class Choice:
     Attributes:
         task: Name of the task.
         optimizer: Name of the optimizer.
+        batch_size: Samples per step.
         lr: The learning rate, None if no trial finished.
         val_loss: Its mean validation loss over the finished tuning seeds.
         finished: Runs that finished.
@@ -34,6 +35,7 @@ class Choice:
 
     task: str
     optimizer: str
+    batch_size: int
     lr: float | None
     val_loss: float | None
     finished: int
@@ -78,7 +80,7 @@ def tuning_runs(specs: Sequence[RunSpec], trials: int) -> list[RunSpec]:
         raise InvalidOptionError(f"{trials} tuning trials: at least 1 is needed")
     if any(spec.seed in TUNING_SEEDS for spec in specs):
         raise InvalidOptionError(f"seeds {TUNING_SEEDS} are for tuning and cannot be reported: use other seeds")
-    cells = {(spec.task, spec.optimizer): spec for spec in specs}
+    cells = {(spec.task, spec.optimizer, spec.batch_size): spec for spec in specs}
     return [
         replace(spec, seed=seed, options={**spec.options, "lr": lr})
         for spec in cells.values()
@@ -99,20 +101,20 @@ def choose(records: Sequence[RunRecord]) -> list[Choice]:
     Returns:
         One choice per task and optimizer.
     """
-    cells: dict[tuple[str, str], list[RunRecord]] = {}
+    cells: dict[tuple[str, str, int], list[RunRecord]] = {}
     for record in records:
-        cells.setdefault((record.task, record.optimizer), []).append(record)
+        cells.setdefault((record.task, record.optimizer, record.batch_size), []).append(record)
     return [_choose_one(*cell, runs) for cell, runs in cells.items()]
 
 
-def _choose_one(task: str, optimizer: str, runs: Sequence[RunRecord]) -> Choice:
+def _choose_one(task: str, optimizer: str, batch_size: int, runs: Sequence[RunRecord]) -> Choice:
     losses: dict[float, list[float]] = {}
     for record in runs:
         if record.status == "finished" and record.final is not None and record.final.val_loss is not None:
             losses.setdefault(float(str(record.options["lr"])), []).append(record.final.val_loss)
     ranked = sorted((-len(found), fmean(found), lr) for lr, found in losses.items())
     _, val_loss, lr = ranked[0] if ranked else (0, None, None)
-    return Choice(task, optimizer, lr, val_loss, sum(map(len, losses.values())), len(runs))
+    return Choice(task, optimizer, batch_size, lr, val_loss, sum(map(len, losses.values())), len(runs))
 
 
 def apply_choices(specs: Sequence[RunSpec], choices: Sequence[Choice]) -> list[RunSpec]:
@@ -125,10 +127,10 @@ def apply_choices(specs: Sequence[RunSpec], choices: Sequence[Choice]) -> list[R
     Returns:
         The new plan.
     """
-    chosen = {(choice.task, choice.optimizer): choice for choice in choices}
+    chosen = {(choice.task, choice.optimizer, choice.batch_size): choice for choice in choices}
 
     def tuned(spec: RunSpec) -> RunSpec:
-        choice = chosen.get((spec.task, spec.optimizer))
+        choice = chosen.get((spec.task, spec.optimizer, spec.batch_size))
         if choice is None or choice.lr is None:
             return spec
         trials = choice.runs // len(TUNING_SEEDS)
