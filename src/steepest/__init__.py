@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from steepest import nn as nn
     from steepest.engine import Capture, Jacobian, ReferenceCapture
     from steepest.errors import (
         CaptureError,
@@ -16,17 +17,39 @@ if TYPE_CHECKING:
         SteepestError,
         UnsupportedModelError,
     )
-    from steepest.optim import Damped, RandomizedSVD, Sven, TruncatedEigh, TruncatedSVD
+    from steepest.optim import (
+        FOP,
+        KFAC,
+        Cholesky,
+        Damped,
+        Eigenbasis,
+        EigenbasisCorrected,
+        Empirical,
+        Exact,
+        MonteCarlo,
+        RandomizedSVD,
+        Sven,
+        TruncatedEigh,
+        TruncatedSVD,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FOP",
+    "KFAC",
     "Capture",
     "CaptureError",
+    "Cholesky",
     "ClosureError",
     "Damped",
+    "Eigenbasis",
+    "EigenbasisCorrected",
+    "Empirical",
+    "Exact",
     "InvalidOptionError",
     "Jacobian",
+    "MonteCarlo",
     "NonFiniteError",
     "RandomizedSVD",
     "ReferenceCapture",
@@ -38,7 +61,7 @@ __all__ = [
     "__version__",
 ]
 
-_ROOMS = {
+_ROOMS: dict[str, tuple[str, ...]] = {
     "engine": ("Capture", "Jacobian", "ReferenceCapture"),
     "errors": (
         "CaptureError",
@@ -48,7 +71,22 @@ _ROOMS = {
         "SteepestError",
         "UnsupportedModelError",
     ),
-    "optim": ("Damped", "RandomizedSVD", "Sven", "TruncatedEigh", "TruncatedSVD"),
+    "nn": (),  # steepest.nn.ResNet: as in torch, models are not at the top
+    "optim": (
+        "FOP",
+        "KFAC",
+        "Cholesky",
+        "Damped",
+        "Eigenbasis",
+        "EigenbasisCorrected",
+        "Empirical",
+        "Exact",
+        "MonteCarlo",
+        "RandomizedSVD",
+        "Sven",
+        "TruncatedEigh",
+        "TruncatedSVD",
+    ),
 }
 _HOMES = {name: f"steepest.{room}" for room, names in _ROOMS.items() for name in names}
 

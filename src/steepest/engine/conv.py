@@ -11,10 +11,13 @@ from torch import Tensor
 from steepest._typing import Sharing
 from steepest.engine.layout import Layout
 from steepest.engine.linear import LinearRecord, factorized_is_cheaper
-from steepest.engine.records import KroneckerFactors, Record, accumulate, column_chunks, common_dtype
+from steepest.engine.records import KroneckerFactors, Record, accumulate, column_chunks, common_dtype, mean_factors
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
 __all__ = ["ConvRecord", "ConvShape", "convolution"]
+
+# Patches of a large batch of images take gigabytes; beyond the cache nothing is gained by larger pieces.
+_PATCH_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,36 @@ class ConvRecord(Record):
         return LinearRecord("weight", bias, patches, grads.transpose(2, 3).flatten(1, 2))
 
     def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
-        """Those of the linear map of its patches."""
+        """Those of the linear map of its patches, some rows at a time."""
         if self._weight is None or self._shape.groups > 1:
             return None
-        return self._as_linear(self._bias).kronecker_factors(sharing)
+        positions = self._merged * self._g[0, 0].numel()
+        row_bytes = 2 * positions * self._shape.weight_shape[1:].numel() * self._x.itemsize
+        parts = [
+            (rows.stop - rows.start, self.take(rows)._as_linear(self._bias).factors(sharing))
+            for rows in column_chunks(self.num_rows, row_bytes, _PATCH_BYTES)
+        ]
+        return mean_factors(parts)
+
+    def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
+        """Patches and output gradients of every row, as a linear layer has them."""
+        return self._as_linear(self._bias).positions(sharing)
+
+    def summed(self) -> tuple[Tensor, ...]:
+        """The layer's weight gradient, and the sum of the output gradients."""
+        grads = () if self._weight is None else (self._shape.weight_grad(self._x, self._g),)
+        return grads if self._bias is None else (*grads, self.bias_grad())
+
+    def bias_grad(self) -> Tensor:
+        """The output gradients summed over rows and positions."""
+        return self._g.flatten(2).sum((0, 2))
+
+    def take(self, rows: slice) -> "ConvRecord":
+        """Keep some rows: views, nothing is copied."""
+        merged, stop = self._merged, self.num_rows if rows.stop is None else min(rows.stop, self.num_rows)
+        start = rows.start or 0
+        images = slice(start * merged, stop * merged)
+        return ConvRecord(self._weight, self._bias, self._x[images], self._g[images], self._shape, stop - start)
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """The layer's weight gradient with weighted output gradients."""

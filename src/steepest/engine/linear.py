@@ -150,13 +150,32 @@ class LinearRecord(Record):
 
     def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
         """Every position a sample of its own ("expand"), or mean input and summed gradient ("reduce")."""
-        if self._weight is None:
-            return None
+        return None if self._weight is None else self.factors(sharing)
+
+    def factors(self, sharing: Sharing) -> KroneckerFactors:
+        """The factors of a layer whose weight is trained."""
+        x, g = (part.flatten(0, 1) for part in self.positions(sharing))
+        return KroneckerFactors(x.T @ x / x.shape[0], g.T @ g / self.num_rows, len(x))
+
+    def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
+        """Inputs with a 1 joined for the bias ``[R, S, d_in (+ 1)]`` and output gradients ``[R, S, d_out]``."""
         x, g = self._x, self._g
         if self._bias is not None:
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-        x, g = (x.mean(1), g.sum(1)) if sharing == "reduce" else (x.flatten(0, 1), g.flatten(0, 1))
-        return KroneckerFactors(x.T @ x / x.shape[0], g.T @ g / self.num_rows)
+        return (x.mean(1, keepdim=True), g.sum(1, keepdim=True)) if sharing == "reduce" else (x, g)
+
+    def summed(self) -> tuple[Tensor, ...]:
+        """``G^T X``, and the sum of G."""
+        grads = () if self._weight is None else (self._g.flatten(0, 1).T @ self._x.flatten(0, 1),)
+        return grads if self._bias is None else (*grads, self.bias_grad())
+
+    def bias_grad(self) -> Tensor:
+        """The output gradients summed over rows and positions."""
+        return self._g.sum((0, 1))
+
+    def take(self, rows: slice) -> "LinearRecord":
+        """Keep some rows: views, nothing is copied."""
+        return LinearRecord(self._weight, self._bias, self._x[rows], self._g[rows])
 
     def restrict(self, index: Mapping[str, Tensor]) -> "LinearRecord":
         """Keep some output features."""

@@ -23,6 +23,7 @@ __all__ = [
     "column_chunks",
     "common_dtype",
     "join",
+    "mean_factors",
     "outer",
 ]
 
@@ -36,10 +37,29 @@ class KroneckerFactors:
     Args:
         input_factor: A, ``[d_in (+ 1), d_in (+ 1)]``, the mean of ``x x^T`` with a 1 joined for the bias.
         grad_factor: S, ``[d_out, d_out]``, the mean over rows of ``g g^T``.
+        positions: How many inputs A is the mean of.
     """
 
     input_factor: Tensor
     grad_factor: Tensor
+    positions: int
+
+
+def mean_factors(parts: Sequence[tuple[int, KroneckerFactors]]) -> KroneckerFactors:
+    """Factors of all rows from those of some rows after others.
+
+    Args:
+        parts: Number of rows, and their factors.
+
+    Returns:
+        The means over everything.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    rows, positions = sum(part for part, _ in parts), sum(factors.positions for _, factors in parts)
+    input_factor = torch.stack([f.input_factor * (f.positions / positions) for _, f in parts]).sum(0)
+    grad_factor = torch.stack([f.grad_factor * (part / rows) for part, f in parts]).sum(0)
+    return KroneckerFactors(input_factor, grad_factor, positions)
 
 
 class Record(ABC):
@@ -81,6 +101,19 @@ class Record(ABC):
     def restrict(self, index: Mapping[str, Tensor]) -> "Record":
         """Keep output rows (dimension 0), given by name; the same for names that are coupled."""
 
+    def take(self, rows: slice) -> "Record":
+        """Keep some rows."""
+        return self.materialize().take(rows)
+
+    def summed(self) -> tuple[Tensor, ...]:
+        """Gradient of the sum of all rows, for each name in order."""
+        grads = self.vjp(self._like.new_ones(self.num_rows))
+        return tuple(grads[name] for name in self.names)
+
+    def bias_grad(self) -> Tensor:
+        """The output gradients summed over all but the output features: the gradient of a bias."""
+        raise NotImplementedError(f"{type(self).__name__} has no bias")
+
     def coupled(self) -> tuple[tuple[str, ...], ...]:
         """Names that share their output rows, and so the index of `restrict`."""
         return (self.names,)
@@ -100,6 +133,10 @@ class Record(ABC):
     def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
         """Factors of the group's Fisher block; None for parameters without a Kronecker rule."""
         return None
+
+    def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
+        """Inputs ``[R, S, d_in (+ 1)]`` and output gradients ``[R, S, d_out]`` of a layer with Kronecker factors."""
+        raise NotImplementedError(f"{type(self).__name__} has no Kronecker factors")
 
     def zero_rows(self, rows: int) -> "MaterializedRecord":
         """Return rows that do not depend on these parameters."""
@@ -148,6 +185,10 @@ class MaterializedRecord(Record):
         return MaterializedRecord({
             n: g.index_select(1, index[n]) if g.ndim > 1 and n in index else g for n, g in self._grads.items()
         })
+
+    def take(self, rows: slice) -> "MaterializedRecord":
+        """Keep some rows."""
+        return MaterializedRecord({name: grad[rows] for name, grad in self._grads.items()})
 
     def coupled(self) -> tuple[tuple[str, ...], ...]:
         """Every name for itself."""

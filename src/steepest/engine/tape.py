@@ -169,14 +169,15 @@ class Tape:
     Args:
         params: The parameters to differentiate, by qualified name.
         buffers: The model's buffers, which count as constants.
+        slot: How parameters take part in their calls: cut off from the graph, or attached to it.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *, slot: type[Slot] = Slot) -> None:
         self.params = params
         self.uses: list[Use] = []
         self.without_grad: set[str] = set()
         self._slots = {id(tensor): Slot(tensor, ()) for tensor in buffers.values()}
-        self._slots |= {id(tensor): Slot(tensor, (name,)) for name, tensor in params.items()}
+        self._slots |= {id(tensor): slot(tensor, (name,)) for name, tensor in params.items()}
         self._buffer_names = {id(tensor): name for name, tensor in buffers.items()}
 
     def buffer_name(self, tensor: Tensor | None) -> str:

@@ -1,10 +1,24 @@
 """Optimizers: each a real torch.optim.Optimizer, fed by the engine."""
 
+from steepest.linalg.kronecker import Cholesky, Eigenbasis, EigenbasisCorrected
+from steepest.optim.fisher import Empirical, Exact, MonteCarlo
+from steepest.optim.fop import FOP, LayerDiagnostics
+from steepest.optim.kfac import KFAC, KFACDiagnostics
 from steepest.optim.solvers import Damped, RandomizedSVD, Solution, Solver, TruncatedEigh, TruncatedSVD
 from steepest.optim.sven import Sven, SvenDiagnostics
 
 __all__ = [
+    "FOP",
+    "KFAC",
+    "Cholesky",
     "Damped",
+    "Eigenbasis",
+    "EigenbasisCorrected",
+    "Empirical",
+    "Exact",
+    "KFACDiagnostics",
+    "LayerDiagnostics",
+    "MonteCarlo",
     "RandomizedSVD",
     "Solution",
     "Solver",

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from steepest.errors import InvalidOptionError
+from steepest.nn.resnet import Norm, ResNet
 from steepest.training.data import Shape
 
-__all__ = ["MODELS", "build_with", "cnn", "hidden", "mlp"]
+__all__ = ["MODELS", "build_with", "cnn", "hidden", "mlp", "resnet"]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -72,17 +73,33 @@ def cnn(*channels: int) -> Callable[[Shape], nn.Sequential]:
     """
 
     def build(shape: Shape) -> nn.Sequential:
-        if len(shape.inputs) != 3:
-            raise InvalidOptionError(
-                f"a convolutional model needs inputs [C, H, W], one input here has the shape {list(shape.inputs)}: "
-                "use mlp"
-            )
-        before, height, width = shape.inputs
+        before, height, width = _image(shape)
         layers: list[nn.Module] = []
         for after in channels:
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
             before, height, width = after, (height + 1) // 2, (width + 1) // 2
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * height * width, shape.outputs))
+
+    return build
+
+
+def resnet(*widths: int, norm: Norm = "group") -> Callable[[Shape], ResNet]:
+    """A residual network with one block in every stage, for images `[C, H, W]` of any size.
+
+    Args:
+        *widths: Channels of every stage.
+        norm: "group", or "batch" for BatchNorm, which mixes the samples of a batch.
+
+    Returns:
+        A function from the shape of the data to the model.
+
+    Raises:
+        InvalidOptionError: From the returned function, if the inputs are no images.
+    """
+
+    def build(shape: Shape) -> ResNet:
+        channels, _, _ = _image(shape)
+        return ResNet(channels, shape.outputs, widths=widths, blocks=(1,) * len(widths), norm=norm)
 
     return build
 
@@ -117,6 +134,15 @@ def build_with(constructor: Any, shape: Shape, name: str) -> nn.Module:
     return model
 
 
+def _image(shape: Shape) -> tuple[int, int, int]:
+    if len(shape.inputs) != 3:
+        raise InvalidOptionError(
+            f"a convolutional model needs inputs [C, H, W], one input here has the shape {list(shape.inputs)}: use mlp"
+        )
+    channels, height, width = shape.inputs
+    return channels, height, width
+
+
 def _mlp(*widths: int) -> Callable[[Shape], nn.Module]:
     return hidden(*(widths or (64, 64)))
 
@@ -125,5 +151,18 @@ def _cnn(*channels: int) -> Callable[[Shape], nn.Module]:
     return cnn(*(channels or (16, 32, 64)))
 
 
+def _resnet(*widths: int) -> Callable[[Shape], nn.Module]:
+    return resnet(*(widths or (16, 32, 64)))
+
+
+def _resnet_bn(*widths: int) -> Callable[[Shape], nn.Module]:
+    return resnet(*(widths or (16, 32, 64)), norm="batch")
+
+
 # What --model takes by name, with its numbers after a colon: mlp:64,64.
-MODELS: dict[str, Callable[..., Callable[[Shape], nn.Module]]] = {"mlp": _mlp, "cnn": _cnn}
+MODELS: dict[str, Callable[..., Callable[[Shape], nn.Module]]] = {
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "resnet": _resnet,
+    "resnet_bn": _resnet_bn,
+}

@@ -13,6 +13,8 @@ from steepest.training.models import hidden
 from steepest.training.task import Task
 from steepest.training.tuned import TUNED
 
+__all__ = ["DIGITS", "ENTRIES"]
+
 
 def _digits(data_seed: int) -> Splits:
     from sklearn.datasets import load_digits
@@ -39,25 +41,27 @@ def _diabetes(data_seed: int) -> Splits:
     return standardise(split_three_ways(inputs, targets, seed=data_seed), targets=True)
 
 
+DIGITS = Task(
+    name="digits",
+    description="1,797 handwritten digits of 8 x 8 pixels, 10 classes; MLP 64-64-64-10",
+    kind="classification",
+    load=_digits,
+    model=hidden(64, 64),
+    loss=CrossEntropy(),
+    metrics=(ACCURACY,),
+    batch_size=64,
+    epochs=20,
+    options={
+        "sven": {"lr": 1.0, "solver": {"type": "Damped", "damping": 0.1}},
+        "sgd": {"lr": 0.316},
+        "adam": {"lr": 0.03},
+        "lbfgs": {"lr": 1.0},
+    },
+    options_source=TUNED,
+)
+
 ENTRIES = [
-    Task(
-        name="digits",
-        description="1,797 handwritten digits of 8 x 8 pixels, 10 classes; MLP 64-64-64-10",
-        kind="classification",
-        load=_digits,
-        model=hidden(64, 64),
-        loss=CrossEntropy(),
-        metrics=(ACCURACY,),
-        batch_size=64,
-        epochs=20,
-        options={
-            "sven": {"lr": 1.0, "solver": {"type": "Damped", "damping": 0.1}},
-            "sgd": {"lr": 0.316},
-            "adam": {"lr": 0.03},
-            "lbfgs": {"lr": 1.0},
-        },
-        options_source=TUNED,
-    ),
+    DIGITS,
     Task(
         name="diabetes",
         description="442 patients, 10 measurements, disease progression a year later; MLP 10-16-16-1",

@@ -4,23 +4,25 @@ The two MNIST tasks are the problems of the Sven paper (arXiv 2604.01279): the o
 the official training images for training and 10,000 for validation, drawn by the data seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steepest.training.data import Split, Splits
+from steepest.training.data import Shape, Split, Splits
 from steepest.training.errors import DataError
 from steepest.training.losses import CrossEntropy, LabelRegression, Loss
 from steepest.training.metrics import ACCURACY
-from steepest.training.models import cnn, hidden
+from steepest.training.models import cnn, hidden, resnet
 from steepest.training.readers.cifar import cifar10_files, read_cifar10
 from steepest.training.readers.files import find_files
 from steepest.training.readers.idx import read_idx
 from steepest.training.task import FileTask, Task
 from steepest.training.tuned import rates, tuned_rates
+
+__all__ = ["CIFAR10_RESNET", "ENTRIES", "FASHION_MNIST_CNN"]
 
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _OFFICIAL_TRAIN = 60_000
@@ -28,6 +30,9 @@ _CLASSES = 10
 # The files of both sets have the same names; the sizes of the classes tell them apart.
 _MNIST_CLASSES = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 _FASHION_CLASSES = (6000,) * _CLASSES
+
+_MLP = hidden(32, 32, 32)
+_CNN = cnn(16, 32, 64)
 
 _Raw = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -93,8 +98,10 @@ def _idx_entry(
     class_sizes: tuple[int, ...],
     *,
     scaling: tuple[float, float],
-    loss: Loss,
     epochs: int,
+    loss: Loss | None = None,
+    model: Callable[[Shape], nn.Module] = _MLP,
+    batch_size: int = 64,
     options: Mapping[str, Mapping[str, object]] | None = None,
 ) -> FileTask:
     folder_name, title, origin = source
@@ -107,10 +114,10 @@ def _idx_entry(
             description=description,
             kind="classification",
             load=lambda data_seed: _split(read(), data_seed, 1 / 6, scaling),
-            model=hidden(32, 32, 32),
-            loss=loss,
+            model=model,
+            loss=loss or CrossEntropy(),
             metrics=(ACCURACY,),
-            batch_size=64,
+            batch_size=batch_size,
             epochs=epochs,
             files=paths,
             options=options or {},
@@ -120,36 +127,60 @@ def _idx_entry(
     return FileTask(name, description, "classification", f"{folder_name}/{_IDX_FILES[0]}.gz and three more", origin, at)
 
 
-_CIFAR = "10 classes of 32 x 32 colour images, all official test images; convolutional network"
+def _cifar10_entry(
+    name: str, network: str, model: Callable[[Shape], nn.Module], *, batch_size: int, epochs: int
+) -> FileTask:
+    description = f"10 classes of 32 x 32 colour images, all official test images; {network}"
+
+    def at(folder: Path) -> Task:
+        own = folder / "cifar10"
+        place = own if own.is_dir() else folder
+        paths = cifar10_files(place)
+        read = cache(lambda: read_cifar10(place))
+        return Task(
+            name=name,
+            description=description,
+            kind="classification",
+            load=lambda data_seed: _split(read(), data_seed, 0.2),
+            model=model,
+            loss=CrossEntropy(),
+            metrics=(ACCURACY,),
+            batch_size=batch_size,
+            epochs=epochs,
+            files=paths,
+        )
+
+    return FileTask(name, description, "classification", "cifar10/", _CIFAR_ORIGIN, at)
+
+
 _CIFAR_ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-binary.tar.gz, unpacked)"
-
-
-def _cifar10(folder: Path) -> Task:
-    own = folder / "cifar10"
-    place = own if own.is_dir() else folder
-    paths = cifar10_files(place)
-    read = cache(lambda: read_cifar10(place))
-    return Task(
-        name="cifar10",
-        description=_CIFAR,
-        kind="classification",
-        load=lambda data_seed: _split(read(), data_seed, 0.2),
-        model=cnn(16, 32, 64),
-        loss=CrossEntropy(),
-        metrics=(ACCURACY,),
-        batch_size=64,
-        epochs=10,
-        files=paths,
-    )
-
-
 _MNIST = ("mnist", "MNIST", "http://yann.lecun.com/exdb/mnist or a mirror of it (four files in IDX format)")
 _FASHION = (
     "fashion_mnist",
     "Fashion-MNIST",
     "https://github.com/zalandoresearch/fashion-mnist (four files in IDX format)",
 )
+_CLOTHES = "70,000 pieces of clothing of 28 x 28 pixels, 10 classes"
+_FASHION_SCALING = (0.2860, 0.3530)
 _MODEL = "MLP 784-32-32-32-10"
+
+FASHION_MNIST_CNN = _idx_entry(
+    "fashion_mnist_cnn",
+    f"{_CLOTHES}; convolutional network of 16, 32 and 64 channels",
+    _FASHION,
+    _FASHION_CLASSES,
+    scaling=_FASHION_SCALING,
+    epochs=10,
+    model=_CNN,
+    batch_size=256,
+)
+CIFAR10_RESNET = _cifar10_entry(
+    "cifar10_resnet",
+    "residual network of 16, 32 and 64 channels with GroupNorm",
+    resnet(16, 32, 64),
+    batch_size=256,
+    epochs=15,
+)
 
 ENTRIES = [
     _idx_entry(
@@ -158,7 +189,6 @@ ENTRIES = [
         _MNIST,
         _MNIST_CLASSES,
         scaling=(0.1307, 0.3081),
-        loss=CrossEntropy(),
         epochs=20,
     ),
     _idx_entry(
@@ -167,18 +197,26 @@ ENTRIES = [
         _MNIST,
         _MNIST_CLASSES,
         scaling=(0.1307, 0.3081),
-        loss=LabelRegression(),
         epochs=20,
+        loss=LabelRegression(),
     ),
     _idx_entry(
         "fashion_mnist",
-        f"70,000 pieces of clothing of 28 x 28 pixels, 10 classes; {_MODEL}",
+        f"{_CLOTHES}; {_MODEL}",
         _FASHION,
         _FASHION_CLASSES,
-        scaling=(0.2860, 0.3530),
-        loss=CrossEntropy(),
+        scaling=_FASHION_SCALING,
         epochs=10,
         options=rates(sven=0.316, sgd=0.0316, adam=0.00169, lbfgs=0.178),
     ),
-    FileTask("cifar10", _CIFAR, "classification", "cifar10/", _CIFAR_ORIGIN, _cifar10),
+    FASHION_MNIST_CNN,
+    _cifar10_entry("cifar10", "convolutional network", _CNN, batch_size=64, epochs=10),
+    CIFAR10_RESNET,
+    _cifar10_entry(
+        "cifar10_resnet_bn",
+        "residual network of 16, 32 and 64 channels with BatchNorm",
+        resnet(16, 32, 64, norm="batch"),
+        batch_size=256,
+        epochs=15,
+    ),
 ]

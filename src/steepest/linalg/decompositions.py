@@ -1,0 +1,264 @@
+r"""Decomposed blocks :math:`M` of a layer's curvature: how they are damped at use, solved and measured with.
+
+A gradient is a matrix G ``[n, m]``: n outputs, m inputs, the bias joined as the last input column. With its columns
+stacked, :math:`(A \otimes S)\, \mathrm{vec}(G) = \mathrm{vec}(S G A)`. F is the block A (x) S, M the same with damping.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from steepest.errors import InvalidOptionError
+from steepest.linalg.factors import inner, product, second_moment
+
+__all__ = ["CholeskyRoots", "CorrectedEigen", "Decomposition", "EigenDecomposition", "KroneckerEigen", "Placed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    r"""One gradient a as a damped block sees it; all three are linear in the gradient.
+
+    .. math:: a^T M^{-1} b = \sum W \circ Z_a \circ Z_b, \qquad a^T M b = \sum x_a \circ y_b
+
+    Args:
+        coordinates: Z, ``[..., n, m]``.
+        vector: x, of the same shape.
+        image: y, of the same shape.
+    """
+
+    coordinates: Tensor
+    vector: Tensor
+    image: Tensor
+
+    def metric_dot(self, other: "Placed") -> Tensor:
+        """Return ``a^T M b``, or ``a^T F b`` if they were placed so, for this a and the other's b."""
+        return inner(self.vector, other.image)
+
+
+class Decomposition(ABC):
+    """A decomposed block: immutable, made of plain tensors. Nothing in its methods waits for a device."""
+
+    observes: ClassVar[bool] = False
+    """Whether `observed` learns anything: only then does a caller have to gather inputs and output gradients."""
+
+    @abstractmethod
+    def coordinates(self, gradient: Tensor) -> Tensor:
+        """Return Z, ``[..., n, m]``, of a gradient ``[..., n, m]``: two matrix products."""
+
+    @abstractmethod
+    def inverse_weights(self, damping: float | Tensor) -> Tensor:
+        """Return W, with which ``a^T M^-1 b`` is the sum of ``W * Za * Zb``; it broadcasts to Z."""
+
+    @abstractmethod
+    def direction(self, weighted: Tensor) -> Tensor:
+        """Return ``M^-1 G``, ``[..., n, m]``, from ``W * Z`` of G: two matrix products."""
+
+    @abstractmethod
+    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
+        """Return all that inner products with M (``damped``) or F, and with the inverse of M, need of a gradient."""
+
+    def solve(self, coordinates: Tensor, damping: float | Tensor) -> Tensor:
+        """Return ``M^-1 G``, ``[..., n, m]``, from the coordinates of G: two matrix products."""
+        return self.direction(coordinates * self.inverse_weights(damping))
+
+    def precondition(self, gradient: Tensor, damping: float | Tensor) -> Tensor:
+        """Return ``M^-1 G``: four matrix products."""
+        return self.solve(self.coordinates(gradient), damping)
+
+    def observed(self, inputs: Tensor, output_grads: Tensor, decay: float) -> Self:
+        """Return the decomposition after a batch of ``[N, T, m]`` and ``[N, T, n]``; itself if it learns nothing."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that it is made of, for a state_dict."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Make it again from what `tensors` returned.
+
+        Args:
+            tensors: By name.
+
+        Returns:
+            The same decomposition.
+
+        Raises:
+            InvalidOptionError: If they belong to another kind of decomposition.
+        """
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if set(tensors) != names:
+            raise InvalidOptionError(
+                f"The saved decomposition holds {sorted(tensors)}, and {cls.__name__} needs {sorted(names)}: "
+                "use the solver that the state was saved with."
+            )
+        return cls(**tensors)
+
+
+class EigenDecomposition(Decomposition):
+    r"""A block :math:`(U_A \otimes U_S)\operatorname{diag}(D)(U_A \otimes U_S)^T` in a Kronecker eigenbasis."""
+
+    input_basis: Tensor
+    grad_basis: Tensor
+
+    @abstractmethod
+    def curvature(self) -> Tensor:
+        """Return the diagonal D, ``[n, m]``, without damping."""
+
+    @abstractmethod
+    def resolved(self) -> Tensor:
+        """Return ``[n, m]``: where D is more than rounding."""
+
+    def coordinates(self, gradient: Tensor) -> Tensor:
+        """Return ``U_S^T G U_A``."""
+        return product(self.grad_basis.T, gradient.to(self.grad_basis.dtype), self.input_basis)
+
+    def inverse_weights(self, damping: float | Tensor) -> Tensor:
+        """Return ``1 / (D + damping)``; without damping, 0 where D is nothing but rounding (the pseudo-inverse)."""
+        total = self.curvature() + damping
+        if isinstance(damping, Tensor) or damping <= 0:  # a number above 0 needs no look at what is resolved
+            total = torch.where(self.resolved() | (damping > 0), total, torch.inf)
+        return total.clamp(min=torch.finfo(total.dtype).tiny).reciprocal()
+
+    def direction(self, weighted: Tensor) -> Tensor:
+        """Return ``U_S (W * Z) U_A^T``."""
+        return product(self.grad_basis, weighted, self.input_basis.T)
+
+    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
+        """Place a gradient: two matrix products, as M is diagonal in these coordinates."""
+        coordinates = self.coordinates(gradient)
+        curvature = self.curvature()
+        return Placed(coordinates, coordinates, coordinates * (curvature + damping if damped else curvature))
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerEigen(EigenDecomposition):
+    """The eigenbasis of A and S with the products of their eigenvalues.
+
+    Args:
+        input_values: Eigenvalues of A, ``[m]``.
+        input_basis: U_A, ``[m, m]``.
+        grad_values: Eigenvalues of S, ``[n]``.
+        grad_basis: U_S, ``[n, n]``.
+    """
+
+    input_values: Tensor
+    input_basis: Tensor
+    grad_values: Tensor
+    grad_basis: Tensor
+
+    def curvature(self) -> Tensor:
+        """Return the products of the eigenvalues."""
+        return torch.outer(self.grad_values, self.input_values)
+
+    def resolved(self) -> Tensor:
+        """Return where both eigenvalues are more than the rounding of their factor."""
+        grad, input_ = (values > _rounding(values, len(values)) for values in (self.grad_values, self.input_values))
+        return grad.unsqueeze(1) & input_
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectedEigen(EigenDecomposition):
+    """The eigenbasis of A and S with a running second moment of the gradient in it (EKFAC, arXiv 1806.03884).
+
+    Args:
+        input_basis: U_A, ``[m, m]``.
+        grad_basis: U_S, ``[n, n]``.
+        moment: D, ``[n, m]``.
+    """
+
+    observes: ClassVar[bool] = True
+
+    input_basis: Tensor
+    grad_basis: Tensor
+    moment: Tensor
+
+    def curvature(self) -> Tensor:
+        """Return the second moment."""
+        return self.moment
+
+    def resolved(self) -> Tensor:
+        """Return where the moment is more than rounding of the largest."""
+        return self.moment > _rounding(self.moment, max(self.moment.shape))
+
+    def observed(self, inputs: Tensor, output_grads: Tensor, decay: float) -> "CorrectedEigen":
+        """Return the decomposition with the moment ``decay * D + (1 - decay) * (second moment of the batch)``.
+
+        Args:
+            inputs: x, ``[N, T, m]``, bias joined.
+            output_grads: g, ``[N, T, n]``, of one sample's loss each.
+            decay: Share of the past, in [0, 1].
+
+        Returns:
+            A new decomposition in the same basis.
+        """
+        batch = second_moment(self.grad_basis, self.input_basis, inputs, output_grads)
+        return CorrectedEigen(self.input_basis, self.grad_basis, torch.lerp(batch, self.moment, decay))
+
+    def turned(self, grad_basis: Tensor, input_basis: Tensor) -> "CorrectedEigen":
+        r"""Return the same block's diagonal in another basis, where a refresh of the factors turned it.
+
+        .. math:: D' = (R_S \circ R_S)\, D\, (R_A \circ R_A)^T, \qquad R_S = U_S'^T U_S, \quad R_A = U_A'^T U_A
+
+        Args:
+            grad_basis: New U_S, ``[n, n]``.
+            input_basis: New U_A, ``[m, m]``.
+
+        Returns:
+            The decomposition in the new basis; the trace stays.
+        """
+        grad = product(grad_basis.T, self.grad_basis).square()
+        input_ = product(input_basis.T, self.input_basis).square()
+        return CorrectedEigen(input_basis, grad_basis, product(grad, self.moment, input_.T))
+
+
+@dataclass(frozen=True, eq=False)
+class CholeskyRoots(Decomposition):
+    r"""Inverse Cholesky factors of :math:`M = (A + \pi\sqrt\lambda I) \otimes (S + \sqrt\lambda / \pi\, I)`.
+
+    The damping is that of the decomposition: the one given at use is ignored. A and S are kept for the metric.
+
+    Args:
+        input_factor: A, ``[m, m]``.
+        grad_factor: S, ``[n, n]``.
+        input_root: Inverse Cholesky factor of the damped A, ``[m, m]``.
+        grad_root: Inverse Cholesky factor of the damped S, ``[n, n]``.
+        input_shift: Damping added to A, 0-dimensional.
+        grad_shift: Damping added to S, 0-dimensional.
+    """
+
+    input_factor: Tensor
+    grad_factor: Tensor
+    input_root: Tensor
+    grad_root: Tensor
+    input_shift: Tensor
+    grad_shift: Tensor
+
+    def coordinates(self, gradient: Tensor) -> Tensor:
+        """Return ``L_S^-1 G L_A^-T``."""
+        return product(self.grad_root, gradient.to(self.grad_root.dtype), self.input_root.T)
+
+    def inverse_weights(self, damping: float | Tensor) -> Tensor:
+        """Return 1: the coordinates are those in which M is the identity."""
+        return self.grad_root.new_ones(())
+
+    def direction(self, weighted: Tensor) -> Tensor:
+        """Return ``L_S^-T Z L_A^-1``."""
+        return product(self.grad_root.T, weighted, self.input_root)
+
+    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
+        """Place a gradient: two matrix products for the coordinates, two for the metric's image."""
+        gradient = gradient.to(self.grad_root.dtype)
+        image = product(self.grad_factor, gradient)
+        image = image + self.grad_shift * gradient if damped else image
+        right = product(image, self.input_factor)
+        return Placed(self.coordinates(gradient), gradient, right + self.input_shift * image if damped else right)
+
+
+def _rounding(values: Tensor, size: int) -> Tensor:
+    """Size below which values computed beside the largest of them are rounding."""
+    return values.amax() * (size * torch.finfo(values.dtype).eps)

@@ -1,0 +1,303 @@
+"""FOP: KFAC whose direction is corrected by what two halves of a batch disagree about."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steepest._validation import check_choice
+from steepest.engine.records import Record
+from steepest.errors import CaptureError, InvalidOptionError
+from steepest.optim.blocks import Block
+from steepest.optim.curvature import Curvature
+from steepest.optim.kfac import KFAC
+from steepest.optim.projection import Metric, Total, project_gradients
+
+__all__ = ["FOP", "LayerDiagnostics"]
+
+
+@dataclass(frozen=True)
+class LayerDiagnostics:
+    """What FOP found in one layer in the last step; see `steepest.optim.projection.Projection`.
+
+    Args:
+        r: Squared cosine of the mean and the orthogonal part in the inverse metric: 0 where FOP is KFAC.
+        correction: Size of the correction over that of the mean gradient, in the metric of s.
+        eta: Step size of the quadratic model.
+        gate: Whether the correction was used.
+    """
+
+    r: float
+    correction: float
+    eta: float
+    gate: bool
+
+
+class FOP(KFAC):
+    r"""Natural gradient corrected by the Fisher-orthogonal part of the difference of two sub-batch gradients.
+
+    .. math::
+        g_{avg} = \tfrac12 (g_1 + g_2), \quad g_{diff} = g_1 - g_2, \quad
+        g_\perp = g_{diff} - \frac{\langle g_{diff}, g_{avg}\rangle_M}{\langle g_{avg}, g_{avg}\rangle_M}\, g_{avg}
+
+        \theta \leftarrow \theta - \eta\,\eta^* M^{-1}(g_{avg} + \beta^* g_\perp)
+
+    with the optimal beta and eta of each layer's quadratic model (`steepest.optim.projection.project`). The two
+    gradients are those of the two halves of the batch, taken on the way of the one training backward; or, with
+    `sub_batch`, those of two backwards.
+
+    What it adds over KFAC, by the mathematics: with r the squared cosine of g_avg and g_perp in the inverse of M, the
+    combined gradient is longer than g_avg by ``sqrt(1 + 3 r)`` (at most 2), and on its own quadratic model FOP gains
+    8/9 to 1 of what KFAC does. Compare it with KFAC at twice the learning rate.
+
+    With BatchNorm in train mode the halves are a split of one joint gradient, since the statistics join them;
+    `sub_batch` gives two independent batches. A batch of one sample has no halves and takes KFAC's step.
+
+    Args:
+        model: As in `KFAC`.
+        metric: Metric of the projection: "damped", or "undamped" as the paper reads.
+        total: "mean", for which equal halves make a KFAC step, or "sum" as in the paper, which doubles eta.
+        **options: All others as in `KFAC`.
+
+    Raises:
+        InvalidOptionError: If an option is impossible.
+        UnsupportedModelError: If the model is compiled.
+
+    References:
+        FOP, arXiv 2508.13898, equations 5 to 12.
+
+    Example:
+        >>> import torch, steepest as st
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(64, 2)
+        >>> y = (x[:, 0] * x[:, 1] > 0).long()
+        >>> opt = st.FOP(model, lr=0.3, damping=1e-2)
+        >>> for _ in range(40):
+        ...     opt.zero_grad()
+        ...     loss = torch.nn.functional.cross_entropy(model(x), y)
+        ...     loss.backward()
+        ...     _ = opt.step()
+        >>> bool(loss < 0.1)
+        True
+        >>> sorted(opt.layers)
+        ['0', '2']
+    """
+
+    _kept = (*KFAC._kept, "_metric", "_total", "_found")
+
+    def __init__(self, model: nn.Module, *, metric: Metric = "damped", total: Total = "mean", **options: Any) -> None:
+        check_choice("metric", metric, ("damped", "undamped"))
+        check_choice("total", total, ("mean", "sum"))
+        self._metric: Metric = metric
+        self._total: Total = total
+        self._found: dict[str, Tensor] = {}
+        self._reset()
+        super().__init__(model, **options)
+
+    def _reset(self) -> None:
+        self._halves: dict[str, _Half] = {}
+        self._passes: dict[int, dict[str, Tensor]] = {}
+        self._inside: int | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied or pickled state."""
+        self._reset()
+        super().__setstate__(state)
+
+    @property
+    def layers(self) -> dict[str, LayerDiagnostics]:
+        """What the last step found, by qualified name of the layer; reading it waits for the device."""
+        numbers = {name: found.tolist() for name, found in self._found.items()}
+        return {name: LayerDiagnostics(r, size, eta, bool(gate)) for name, (r, size, eta, gate) in numbers.items()}
+
+    @contextmanager
+    def sub_batch(self, index: int) -> Iterator[None]:
+        """Take one of the two gradients from backwards of its own instead of from half of a batch.
+
+        Inside go the forward and the backward of one sub-batch, with its own mean loss:
+        ``with opt.sub_batch(0): loss_fn(model(x0), y0).backward()``, and likewise 1, before `step`. The gradients add
+        up in ``p.grad`` as always; the step uses their mean.
+
+        Args:
+            index: 0 or 1.
+
+        Raises:
+            InvalidOptionError: If it is another number, or one block lies in another.
+        """
+        if index not in {0, 1}:
+            raise InvalidOptionError(f"sub_batch({index!r}): the two sub-batches are 0 and 1.")
+        if self._inside is not None:
+            raise InvalidOptionError(f"sub_batch({index}) lies within sub_batch({self._inside}): end that first.")
+        before = self._gradients()
+        self._inside = index
+        # The loss of a pass is the mean of its own samples and not of both passes': its gradients are twice as large.
+        self._gathered().grad_weight = 0.25 if self._recipe.reduction == "mean" else 1.0
+        try:
+            yield
+        finally:
+            self._inside, self._gathered().grad_weight = None, 1.0
+        gradients = {
+            name: after - before[name] if name in before else after for name, after in self._gradients().items()
+        }
+        past = self._passes.get(index, {})
+        self._passes[index] = {name: past[name] + g if name in past else g for name, g in gradients.items()}
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Copies of all gradients so far."""
+        blocks = {name: block for name, block in self._blocks.items() if block.weight.grad is not None}
+        return {name: self._summed(block).clone() for name, block in blocks.items()}
+
+    def _divisor(self, scale: float) -> float:
+        """Two passes of their own have left the sum of two gradients in ``p.grad``: the step's is their mean."""
+        return 2 * scale if self._passes else scale
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, and what was gathered on their way.
+
+        Args:
+            set_to_none: As in torch.optim.
+
+        Raises:
+            InvalidOptionError: Within a `sub_batch`, whose gradients it would take away.
+        """
+        if self._inside is not None:
+            raise InvalidOptionError(
+                f"zero_grad() was called within sub_batch({self._inside}): call it before the first of the two."
+            )
+        super().zero_grad(set_to_none)
+
+    def _forget_gradients(self) -> None:
+        super()._forget_gradients()
+        self._reset()
+
+    def _begin(self, on_record: Callable[[Record], None] | None = None) -> None:
+        method = weakref.WeakMethod(self._on_record)
+        super()._begin(lambda record: _call(method(), record) if on_record is None else on_record(record))
+        # All biases and the whole gradient of the smallest layer tell how ``p.grad`` was scaled. Biases alone may
+        # have no gradient at all: those before a normalisation.
+        by_size = sorted(self._blocks, key=lambda name: self._blocks[name].weight.numel())
+        self._gauge = by_size[0] if by_size else None
+
+    def _on_record(self, record: Record) -> None:
+        """Keep the gradient of the first half of the batch."""
+        if self._inside is None:
+            name = record.names[0]
+            self._halves.setdefault(name, _Half()).add(record, self._blocks[name], whole=name == self._gauge)
+
+    def _take_step(self) -> None:
+        found, self._found = self._found, {}
+        try:
+            self._rescaling = self._find_rescaling()
+            super()._take_step()
+        except BaseException:
+            self._found = found
+            raise
+        finally:
+            self._reset()
+
+    def _find_rescaling(self) -> Tensor | None:
+        """What happened to all of ``p.grad`` since the backward: unscaling, clipping, a division by somebody else."""
+        pairs = [half.gauge(self._blocks[name]) for name, half in self._halves.items()]
+        seen = [pair for pair in pairs if pair is not None]
+        if not seen:
+            return None
+        now = torch.stack([(after * captured).sum() for captured, after in seen]).sum()
+        then = torch.stack([captured.square().sum() for captured, _ in seen]).sum()
+        ratio = torch.where(then > 0, now / then, 1)
+        return torch.where((ratio - 1).abs() < _ROUNDING, 1, ratio)
+
+    def _direction(
+        self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any], scale: float
+    ) -> Tensor:
+        """The preconditioned combined gradient of a layer, times its eta."""
+        direction, found = project_gradients(
+            curvature.basis,
+            gradient,
+            self._difference(block, gradient, scale),
+            group["damping"],
+            metric=self._metric,
+            total=self._total,
+        )
+        self._found[block.name] = torch.stack([found.r, found.correction, found.eta, found.gate.to(found.r)])
+        return direction
+
+    def _difference(self, block: Block, gradient: Tensor, scale: float) -> Tensor:
+        """``g1 - g2``, as large as ``gradient`` is now."""
+        name = block.names[0]
+        if self._passes:
+            return self._difference_of_passes(name, gradient)
+        half = self._halves.get(name)
+        if half is None:
+            raise CaptureError(
+                f"Layer {block.name!r} has a gradient and its forward was not seen in this step: call the model itself "
+                "in the loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
+            )
+        if half.first is None:
+            return torch.zeros_like(gradient)
+        factor = 1 / scale if self._rescaling is None else self._rescaling / scale
+        captured = half.first * factor
+        rest = half.rows - half.first_rows
+        return captured * (half.rows / half.first_rows) - (gradient - captured) * (half.rows / rest)
+
+    def _difference_of_passes(self, name: str, gradient: Tensor) -> Tensor:
+        if self._passes.keys() != {0, 1}:
+            raise CaptureError(
+                "Only one of the two sub-batches was given: use sub_batch(0) and sub_batch(1) in every step."
+            )
+        first, second = (self._passes[index].get(name) for index in (0, 1))
+        first = torch.zeros_like(gradient) if first is None else first
+        second = torch.zeros_like(gradient) if second is None else second
+        total = first + second
+        # The step's gradient is the mean of the two, whatever has scaled ``p.grad`` since.
+        square = total.square().sum()
+        ratio = torch.where(square > 0, (gradient * total).sum() / square, 0)
+        return (first - second) * (2 * ratio)
+
+
+# A ratio of gradients this close to 1 is rounding.
+_ROUNDING = 1e-4
+
+
+class _Half:
+    """What one layer's gradient is made of: the part of the first half of every batch."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.rows = self.first_rows = 0
+        self._captured: Tensor | None = None
+
+    def add(self, record: Record, block: Block, *, whole: bool) -> None:
+        """Add one use of the layer."""
+        count = record.num_rows // 2
+        self.rows += record.num_rows
+        self.first_rows += count
+        if count:
+            self.first = _plus(self.first, block.join(record.take(slice(0, count)).summed()))
+        if whole:
+            self._captured = _plus(self._captured, block.join(record.summed()))
+        elif len(block.params) > 1:
+            self._captured = _plus(self._captured, record.bias_grad())
+
+    def gauge(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """A part of the gradient as it was captured and as it is now; None if none was captured."""
+        if self._captured is None:
+            return None
+        grads = [p.grad for p in block.params]
+        if grads[-1] is None or grads[0] is None:
+            return None
+        now = grads[-1] if self._captured.ndim == 1 else block.join([g for g in grads if g is not None])
+        return self._captured, now.to(self._captured.dtype)
+
+
+def _call(method: Callable[[Record], None] | None, record: Record) -> None:
+    if method is not None:
+        method(record)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
