@@ -69,6 +69,7 @@ bench: $(STAMP) ## Sven's step against Adam's, the Gram's two forms, the paper's
 	$(BIN)/python benchmarks/gram_forms.py
 	$(BIN)/python benchmarks/sven_problems.py
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/kfac_step.py
 	@if $(BIN)/python -c 'import torchjd' 2>/dev/null; then $(BIN)/python benchmarks/torchjd_gram.py; \
 	  else echo "torchjd_gram.py skipped: make peers installs torchjd"; fi
 

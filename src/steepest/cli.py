@@ -137,7 +137,7 @@ _DropMissing = Annotated[
     bool | None, typer.Option("--drop-missing", help="Table of yours: leave out rows with empty cells.")
 ]
 _Model = Annotated[
-    str | None, typer.Option(help="Instead of the task's own: mlp:64,64, cnn:16,32 or module:attribute.")
+    str | None, typer.Option(help="Instead of the task's own: mlp:64,64, cnn:16,32, resnet:16,32 or module:attribute.")
 ]
 _Config = Annotated[Path | None, typer.Option(help="TOML file with these settings, - written as _; flags override it.")]
 
