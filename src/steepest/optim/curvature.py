@@ -138,7 +138,7 @@ class Curvature:
         Returns:
             Whether it is time.
         """
-        return self.decomposition is None or self.age >= min(period, max(1, self.updates // 2))
+        return self.decomposition is None or self.age >= min(period, (self.updates + 1) // 2)
 
     def decomposed(self, solver: KroneckerSolver, damping: float | Tensor) -> "Curvature":
         """Decompose the factors; where that fails the last good decomposition stays in use.

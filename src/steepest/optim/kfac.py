@@ -1,5 +1,6 @@
 """KFAC: natural gradient with Kronecker-factored curvature, in an ordinary training loop."""
 
+import copy
 import math
 import warnings
 import weakref
@@ -177,7 +178,7 @@ class KFAC(Optimizer):
             "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
         }  # fmt: skip
         self._gathering: Gathering | None = None
-        super().__init__(list(everything.values()) if params is None else params, defaults)
+        super().__init__(list(everything.items()) if params is None else params, defaults)
         self._begin()
         self.diagnostics: KFACDiagnostics | None = None
 
@@ -268,7 +269,8 @@ class KFAC(Optimizer):
         Args:
             state_dict: What `state_dict` returned for an optimizer of the same model and options.
         """
-        super().load_state_dict(dict(state_dict))
+        state_dict = copy.deepcopy(dict(state_dict))  # torch keeps the given tensors, and two optimizers share them
+        super().load_state_dict(state_dict)
         # torch casts every tensor of a state to its parameter's dtype; factors keep their own.
         saved = {id(p): state_dict["state"].get(i) for i, p in enumerate(self._trained())}
         for block in self._blocks.values():
@@ -558,7 +560,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Copy tensors within nested mappings to a device, in their own dtype."""
+    """Bring tensors within nested mappings to a device, in their own dtype."""
     if isinstance(value, Tensor):
-        return value.detach().clone().to(device)
+        return value.detach().to(device)
     return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, Mapping) else value
