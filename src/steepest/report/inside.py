@@ -25,6 +25,11 @@ _SPECTRUM = (
     "directions then carry most of what the batch has to say."
 )
 
+_PROJECTION = (
+    "r is the squared cosine of a batch's mean gradient and what its halves disagree about, in the inverse metric and "
+    "averaged over the layers: the corrected gradient is sqrt(1 + 3 r) times as long as the mean's."
+)
+
 
 @dataclass(frozen=True)
 class Inside:
@@ -37,7 +42,7 @@ class Inside:
 def inside(cell: Cell, charts: Charts) -> Inside | None:
     """Say what the optimizers of a cell tell about their steps.
 
-    Any optimizer counts that reports `rank` or `spectrum`, whatever its name.
+    Any optimizer counts that reports `rank`, `spectrum` or `r`, whatever its name.
 
     Args:
         cell: Runs that may be compared.
@@ -49,7 +54,8 @@ def inside(cell: Cell, charts: Charts) -> Inside | None:
     dressed = list(zip(cell.rows, looks(cell.rows), strict=True))
     ranked = [(row, look) for row, look in dressed if _numbers(row, "rank")]
     spectral = [(row, look) for row, look in dressed if spectra_of(row)]
-    if not ranked and not spectral:
+    projected = [row for row, _ in dressed if _numbers(row, "r")]
+    if not ranked and not spectral and not projected:
         return None
     cut = [(row, look) for row, look in ranked if not _uses_all(row)]
     figures = [rank_figure(charts, cut[:MOST_COLOURED])] if cut else []
@@ -58,6 +64,7 @@ def inside(cell: Cell, charts: Charts) -> Inside | None:
         *_about_ranks([row for row, _ in cut]),
         *(_about_damping(row) for row, _ in ranked if _uses_all(row)),
         *_about_spectra([row for row, _ in spectral]),
+        *_about_projections(projected),
     ]
     return Inside(tuple(sentences), tuple(figures))
 
@@ -93,6 +100,14 @@ def _about_spectra(rows: Sequence[Row]) -> list[str]:
     if len(rows) > _MOST_SPECTRA:
         sentences.append(f"The spectra of {_MOST_SPECTRA} rows of {len(rows)} are shown.")
     return sentences
+
+
+def _about_projections(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    found = [(row.label, median(_numbers(row, "r"))) for row in rows]
+    ends = [f"{label} {r:.2g}, {(1 + 3 * r) ** 0.5:.2f} times as long" for label, r in found]
+    return [f"{_PROJECTION} Median over the epochs: {listing(ends)}."]
 
 
 def _numbers(row: Row, name: str) -> list[float]:
