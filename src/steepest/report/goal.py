@@ -9,7 +9,7 @@ from steepest.training.records import EpochPoint, RunRecord
 
 __all__ = ["Goal", "Reach", "goal_of"]
 
-_REFERENCE = "adam"
+_REFERENCES = ("adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def goal_of(cell: Cell, given: float | None = None) -> Goal | None:
     """Find or take a goal and see who reached it.
 
     Without a given one it is the largest final validation loss of the reference's finished runs, which all of
-    them reach by definition. The reference is Adam if it finished a run, else the first row that did.
+    them reach by definition. The reference is Adam or AdamW if it finished a run, else the first row that did.
 
     Args:
         cell: Runs that may be compared.
@@ -73,7 +73,8 @@ def goal_of(cell: Cell, given: float | None = None) -> Goal | None:
         The goal, or None if there is nothing to compare: one row alone, or no finished run.
     """
     candidates = [row for row in cell.rows if _last_losses(row)]
-    reference = next((row for row in candidates if row.optimizer == _REFERENCE), candidates[0] if candidates else None)
+    usual = [row for name in _REFERENCES for row in candidates if row.optimizer == name]
+    reference = next(iter([*usual, *candidates]), None)
     if given is None:
         if reference is None or len(cell.rows) < 2:
             return None
