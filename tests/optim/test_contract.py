@@ -42,7 +42,7 @@ def trained(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def kfac(name: str, kind: Callable[..., Optimizer] = st.KFAC, **options: Any) -> Entry:
-    return Entry(name, lambda model, **o: kind(model, **{**options, **o}), trained)
+    return Entry(name, lambda model, **o: kind(model, **{"momentum": 0.5, **options, **o}), trained)
 
 
 OPTIMIZERS = [

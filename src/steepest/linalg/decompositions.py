@@ -7,6 +7,7 @@ stacked, :math:`(A \otimes S)\, \mathrm{vec}(G) = \mathrm{vec}(S G A)`. F is the
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -249,6 +250,15 @@ class CholeskyRoots(Decomposition):
     def direction(self, weighted: Tensor) -> Tensor:
         """Return ``L_S^-T Z L_A^-1``."""
         return product(self.grad_root.T, weighted, self.input_root)
+
+    @cached_property
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        return tuple(product(root.T, root) for root in (self.grad_root, self.input_root))  # type: ignore[return-value]
+
+    def precondition(self, gradient: Tensor, damping: float | Tensor) -> Tensor:
+        """Return ``M^-1 G``: two matrix products, once the inverses of both factors were formed."""
+        grad_inverse, input_inverse = self._inverses
+        return product(grad_inverse, gradient.to(grad_inverse.dtype), input_inverse)
 
     def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
         """Place a gradient: two matrix products for the coordinates, two for the metric's image."""

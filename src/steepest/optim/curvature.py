@@ -45,7 +45,8 @@ class Gathered:
         self.input = _plus(self.input, factors.input_factor, factors.positions)
         self.grad = _plus(self.grad, factors.grad_factor, record.num_rows * weight)
         if isinstance(decomposition, CorrectedEigen):
-            x, g = record.positions(sharing)
+            # The gradients themselves, whatever the factors make of positions.
+            x, g = record.positions("expand")
             moment = second_moment(decomposition.grad_basis, decomposition.input_basis, x, g)
             self.moment = _plus(self.moment, moment, len(x) * weight)
 

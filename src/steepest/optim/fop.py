@@ -100,7 +100,8 @@ class FOP(KFAC):
         super().__init__(model, **options)
 
     def _reset(self) -> None:
-        self._halves: dict[str, _Half] = {}
+        # The gradient of the first half of every batch; None for batches of one.
+        self._halves: dict[str, Tensor | None] = {}
         self._passes: dict[int, dict[str, Tensor]] = {}
         self._inside: int | None = None
 
@@ -178,21 +179,20 @@ class FOP(KFAC):
     def _begin(self, on_record: Callable[[Record], None] | None = None) -> None:
         method = weakref.WeakMethod(self._on_record)
         super()._begin(lambda record: _call(method(), record) if on_record is None else on_record(record))
-        # All biases and the whole gradient of the smallest layer tell how ``p.grad`` was scaled. Biases alone may
-        # have no gradient at all: those before a normalisation.
-        by_size = sorted(self._blocks, key=lambda name: self._blocks[name].weight.numel())
-        self._gauge = by_size[0] if by_size else None
 
     def _on_record(self, record: Record) -> None:
         """Keep the gradient of the first half of the batch."""
-        if self._inside is None:
-            name = record.names[0]
-            self._halves.setdefault(name, _Half()).add(record, self._blocks[name], whole=name == self._gauge)
+        if self._inside is not None:
+            return
+        name, count = record.names[0], record.num_rows // 2
+        past = self._halves.setdefault(name, None)
+        if count:
+            half = self._blocks[name].join(record.take(slice(0, count)).summed())
+            self._halves[name] = half if past is None else past.add_(half)
 
     def _take_step(self) -> None:
         found, self._found = self._found, {}
         try:
-            self._rescaling = self._find_rescaling()
             super()._take_step()
         except BaseException:
             self._found = found
@@ -200,25 +200,15 @@ class FOP(KFAC):
         finally:
             self._reset()
 
-    def _find_rescaling(self) -> Tensor | None:
-        """What happened to all of ``p.grad`` since the backward: unscaling, clipping, a division by somebody else."""
-        pairs = [half.gauge(self._blocks[name]) for name, half in self._halves.items()]
-        seen = [pair for pair in pairs if pair is not None]
-        if not seen:
-            return None
-        now = torch.stack([(after * captured).sum() for captured, after in seen]).sum()
-        then = torch.stack([captured.square().sum() for captured, _ in seen]).sum()
-        ratio = torch.where(then > 0, now / then, 1)
-        return torch.where((ratio - 1).abs() < _ROUNDING, 1, ratio)
-
     def _direction(
         self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any], scale: float
     ) -> Tensor:
         """The preconditioned combined gradient of a layer, times its eta."""
+        del scale
         direction, found = project_gradients(
             curvature.basis,
             gradient,
-            self._difference(block, gradient, scale),
+            self._difference(block, gradient),
             group["damping"],
             metric=self._metric,
             total=self._total,
@@ -226,78 +216,40 @@ class FOP(KFAC):
         self._found[block.name] = torch.stack([found.r, found.correction, found.eta, found.gate.to(found.r)])
         return direction
 
-    def _difference(self, block: Block, gradient: Tensor, scale: float) -> Tensor:
-        """``g1 - g2``, as large as ``gradient`` is now."""
+    def _difference(self, block: Block, gradient: Tensor) -> Tensor:
+        """A gradient that stands for ``g1 - g2``: that of the first half.
+
+        The projection leaves of a difference the part perpendicular to ``g_avg``, of whatever size. As ``g1 - g2`` is
+        a sum of multiples of g1 and g_avg, g1 leaves the same; and neither loss scales nor clipping, which change
+        ``p.grad`` after it was captured, change that part's direction.
+
+        Args:
+            block: The layer.
+            gradient: ``g_avg``.
+
+        Returns:
+            A matrix like ``gradient``, zero where there are no halves.
+
+        Raises:
+            CaptureError: If the halves of this step were not seen.
+        """
         name = block.names[0]
         if self._passes:
-            return self._difference_of_passes(name, gradient)
-        half = self._halves.get(name)
-        if half is None:
+            if self._passes.keys() != {0, 1}:
+                raise CaptureError(
+                    "Only one of the two sub-batches was given: use sub_batch(0) and sub_batch(1) in every step."
+                )
+            first = self._passes[0].get(name)
+        elif name in self._halves:
+            first = self._halves[name]
+        else:
             raise CaptureError(
                 f"Layer {block.name!r} has a gradient and its forward was not seen in this step: call the model itself "
                 "in the loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
             )
-        if half.first is None:
-            return torch.zeros_like(gradient)
-        factor = 1 / scale if self._rescaling is None else self._rescaling / scale
-        captured = half.first * factor
-        rest = half.rows - half.first_rows
-        return captured * (half.rows / half.first_rows) - (gradient - captured) * (half.rows / rest)
-
-    def _difference_of_passes(self, name: str, gradient: Tensor) -> Tensor:
-        if self._passes.keys() != {0, 1}:
-            raise CaptureError(
-                "Only one of the two sub-batches was given: use sub_batch(0) and sub_batch(1) in every step."
-            )
-        first, second = (self._passes[index].get(name) for index in (0, 1))
-        first = torch.zeros_like(gradient) if first is None else first
-        second = torch.zeros_like(gradient) if second is None else second
-        total = first + second
-        # The step's gradient is the mean of the two, whatever has scaled ``p.grad`` since.
-        square = total.square().sum()
-        ratio = torch.where(square > 0, (gradient * total).sum() / square, 0)
-        return (first - second) * (2 * ratio)
-
-
-# A ratio of gradients this close to 1 is rounding.
-_ROUNDING = 1e-4
-
-
-class _Half:
-    """What one layer's gradient is made of: the part of the first half of every batch."""
-
-    def __init__(self) -> None:
-        self.first: Tensor | None = None
-        self.rows = self.first_rows = 0
-        self._captured: Tensor | None = None
-
-    def add(self, record: Record, block: Block, *, whole: bool) -> None:
-        """Add one use of the layer."""
-        count = record.num_rows // 2
-        self.rows += record.num_rows
-        self.first_rows += count
-        if count:
-            self.first = _plus(self.first, block.join(record.take(slice(0, count)).summed()))
-        if whole:
-            self._captured = _plus(self._captured, block.join(record.summed()))
-        elif len(block.params) > 1:
-            self._captured = _plus(self._captured, record.bias_grad())
-
-    def gauge(self, block: Block) -> tuple[Tensor, Tensor] | None:
-        """A part of the gradient as it was captured and as it is now; None if none was captured."""
-        if self._captured is None:
-            return None
-        grads = [p.grad for p in block.params]
-        if grads[-1] is None or grads[0] is None:
-            return None
-        now = grads[-1] if self._captured.ndim == 1 else block.join([g for g in grads if g is not None])
-        return self._captured, now.to(self._captured.dtype)
+        return torch.zeros_like(gradient) if first is None else first.to(gradient)
 
 
 def _call(method: Callable[[Record], None] | None, record: Record) -> None:
     if method is not None:
         method(record)
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)

@@ -127,8 +127,6 @@ class KFAC(Optimizer):
         "_recipe", "_solver", "_factor_update_steps", "_inverse_update_steps",
         "_skip_nonfinite", "_grad_scaler", "_model", "_schedules", "_assignment", "_blocks", "diagnostics",
     )  # fmt: skip
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -178,6 +176,7 @@ class KFAC(Optimizer):
             "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
         }  # fmt: skip
         self._gathering: Gathering | None = None
+        self._curvatures: dict[str, tuple[Any, Curvature]] = {}
         super().__init__(list(everything.items()) if params is None else params, defaults)
         self._begin()
         self.diagnostics: KFACDiagnostics | None = None
@@ -260,7 +259,7 @@ class KFAC(Optimizer):
         super().__setstate__(state)
         if "_model" in state:
             self._names = {id(p): name for name, p in named_trainable(self._model, None).items()}
-            self._gathering = None
+            self._gathering, self._curvatures = None, {}
             self._begin()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -269,10 +268,10 @@ class KFAC(Optimizer):
         Args:
             state_dict: What `state_dict` returned for an optimizer of the same model and options.
         """
-        state_dict = copy.deepcopy(dict(state_dict))  # torch keeps the given tensors, and two optimizers share them
-        super().load_state_dict(state_dict)
+        own = copy.deepcopy(dict(state_dict))  # torch keeps the given tensors, and two optimizers would share them
+        super().load_state_dict(own)
         # torch casts every tensor of a state to its parameter's dtype; factors keep their own.
-        saved = {id(p): state_dict["state"].get(i) for i, p in enumerate(self._trained())}
+        saved = {id(p): own["state"].get(i) for i, p in enumerate(self._trained())}
         for block in self._blocks.values():
             state = saved[id(block.weight)]
             if state is not None:
@@ -304,7 +303,15 @@ class KFAC(Optimizer):
         return state
 
     def _curvature(self, block: Block) -> Curvature | None:
-        return Curvature.from_state(self.state[block.weight], self._solver)
+        state, name = self.state[block.weight], block.names[0]
+        known = self._curvatures.get(name)
+        # The state says which is in use, a loaded one as well; made anew, a decomposition would forget its products.
+        if known is None or known[0] is not state.get("decomposition"):
+            made = Curvature.from_state(state, self._solver)
+            if made is None:
+                return None
+            known = self._curvatures[name] = state["decomposition"], made
+        return known[1]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -394,15 +401,22 @@ class KFAC(Optimizer):
 
     def _loss_scale(self) -> float | None:
         """Scale of the gradients in ``p.grad``, from torch.amp.GradScaler; None if the step is to be skipped."""
-        if self.found_inf is None:
+        found_inf, scale = self._from_scaler()
+        if found_inf is None:
             return 1.0
-        if bool(self.found_inf):
+        if bool(found_inf):
             return None
-        return 1.0 if self.grad_scale is None else float(self.grad_scale)
+        return 1.0 if scale is None else float(scale)
+
+    def _from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a GradScaler sets for the time of a step: whether it found infinity, and its scale if still applied."""
+        # No attributes of the class: the scaler multiplies with one that it finds.
+        return getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
 
     def _captured_scale(self, scale: float) -> float:
         """Scale of what was captured in the backward: that of ``p.grad`` before anybody unscaled it."""
-        if self.found_inf is None or self.grad_scale is not None:
+        found_inf, applied = self._from_scaler()
+        if found_inf is None or applied is not None:
             return scale
         if self._grad_scaler is None:
             raise CaptureError(
@@ -484,7 +498,9 @@ class KFAC(Optimizer):
             if group["method"] == "adamw":
                 adamw_step(group, self.state, self._divisor(scale))
         for block in (block for mine in blocks for block in mine):
-            self.state[block.weight].update(curvatures[block.names[0]].state())
+            state = self.state[block.weight]
+            state.update(curvatures[block.names[0]].state())
+            self._curvatures[block.names[0]] = state["decomposition"], curvatures[block.names[0]]
         fresh = [c for c in curvatures.values() if c.age == 0]
         self.diagnostics = KFACDiagnostics(
             update_norm=numbers[0],
