@@ -199,14 +199,6 @@ def test_a_new_basis_takes_the_moment_along() -> None:
     torch.testing.assert_close(old.turned(old.grad_basis, old.input_basis).moment, old.moment)
 
 
-def test_only_the_corrected_basis_observes() -> None:
-    a, s = kronecker_factors()
-    for solver in SOLVERS:
-        block = solver.decompose(a, s, 0.1)
-        assert block.observes == (solver == EigenbasisCorrected())
-        assert (block.observed(*layer(), 0.5) is block) != block.observes
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("solver", EIGEN, ids=repr)
 @pytest.mark.parametrize("samples", [1, 2])

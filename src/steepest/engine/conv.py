@@ -185,11 +185,7 @@ class ConvRecord(Record):
     def summed(self) -> tuple[Tensor, ...]:
         """The layer's weight gradient, and the sum of the output gradients."""
         grads = () if self._weight is None else (self._shape.weight_grad(self._x, self._g),)
-        return grads if self._bias is None else (*grads, self.bias_grad())
-
-    def bias_grad(self) -> Tensor:
-        """The output gradients summed over rows and positions."""
-        return self._g.flatten(2).sum((0, 2))
+        return grads if self._bias is None else (*grads, self._bias_grads().sum(0))
 
     def take(self, rows: slice) -> "ConvRecord":
         """Keep some rows: views, nothing is copied."""

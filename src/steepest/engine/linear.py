@@ -167,11 +167,7 @@ class LinearRecord(Record):
     def summed(self) -> tuple[Tensor, ...]:
         """``G^T X``, and the sum of G."""
         grads = () if self._weight is None else (self._g.flatten(0, 1).T @ self._x.flatten(0, 1),)
-        return grads if self._bias is None else (*grads, self.bias_grad())
-
-    def bias_grad(self) -> Tensor:
-        """The output gradients summed over rows and positions."""
-        return self._g.sum((0, 1))
+        return grads if self._bias is None else (*grads, self._g.sum((0, 1)))
 
     def take(self, rows: slice) -> "LinearRecord":
         """Keep some rows: views, nothing is copied."""

@@ -110,10 +110,6 @@ class Record(ABC):
         grads = self.vjp(self._like.new_ones(self.num_rows))
         return tuple(grads[name] for name in self.names)
 
-    def bias_grad(self) -> Tensor:
-        """The output gradients summed over all but the output features: the gradient of a bias."""
-        raise NotImplementedError(f"{type(self).__name__} has no bias")
-
     def coupled(self) -> tuple[tuple[str, ...], ...]:
         """Names that share their output rows, and so the index of `restrict`."""
         return (self.names,)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,9 +42,6 @@ class Placed:
 
 class Decomposition(ABC):
     """A decomposed block: immutable, made of plain tensors. Nothing in its methods waits for a device."""
-
-    observes: ClassVar[bool] = False
-    """Whether `observed` learns anything: only then does a caller have to gather inputs and output gradients."""
 
     @abstractmethod
     def coordinates(self, gradient: Tensor) -> Tensor:
@@ -172,8 +169,6 @@ class CorrectedEigen(EigenDecomposition):
         moment: D, ``[n, m]``.
     """
 
-    observes: ClassVar[bool] = True
-
     input_basis: Tensor
     grad_basis: Tensor
     moment: Tensor
@@ -197,8 +192,11 @@ class CorrectedEigen(EigenDecomposition):
         Returns:
             A new decomposition in the same basis.
         """
-        batch = second_moment(self.grad_basis, self.input_basis, inputs, output_grads)
-        return CorrectedEigen(self.input_basis, self.grad_basis, torch.lerp(batch, self.moment, decay))
+        return self.blended(second_moment(self.grad_basis, self.input_basis, inputs, output_grads), decay)
+
+    def blended(self, moment: Tensor, decay: float) -> "CorrectedEigen":
+        """Return the decomposition with ``decay * D + (1 - decay) * moment``."""
+        return CorrectedEigen(self.input_basis, self.grad_basis, torch.lerp(moment, self.moment, decay))
 
     def turned(self, grad_basis: Tensor, input_basis: Tensor) -> "CorrectedEigen":
         r"""Return the same block's diagonal in another basis, where a refresh of the factors turned it.

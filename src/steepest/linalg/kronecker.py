@@ -92,7 +92,7 @@ class EigenbasisCorrected:
     .. math:: M = (U_A \otimes U_S)(\operatorname{diag}(D) + \lambda I)(U_A \otimes U_S)^T, \qquad
         D = \mathrm{E}\big[(U_S^T G_n U_A)^{\circ 2}\big]
 
-    D starts at the products of the eigenvalues, which is KFAC, and follows `Decomposition.observed`. Where the basis
+    D starts at the products of the eigenvalues, which is KFAC, and follows `CorrectedEigen.observed`. Where the basis
     turns, D is carried over to the new one (`CorrectedEigen.turned`).
 
     Example:

@@ -104,8 +104,7 @@ class Curvature:
             return Curvature(a * (1 - decay), s * (1 - decay), 1 - decay, age=1, updates=1)
         decomposition = before.decomposition
         if isinstance(decomposition, CorrectedEigen) and gathered.moment is not None:
-            moment = torch.lerp(gathered.moment * grad_scale, decomposition.moment, decay)
-            decomposition = replace(decomposition, moment=moment)
+            decomposition = decomposition.blended(gathered.moment * grad_scale, decay)
         return Curvature(
             torch.lerp(a, before.input_factor, decay),
             torch.lerp(s, before.grad_factor, decay),
