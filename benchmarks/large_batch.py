@@ -2,7 +2,7 @@
 
     STEEPEST_DATA=... python benchmarks/large_batch.py [--out runs/large_batch]
 
-Every optimizer's learning rate is tuned at every batch size by 5 trials on 3 other seeds. The goal is what the runs of
+Every optimizer's learning rate is tuned at every batch size by 4 trials on 3 other seeds. The goal is what the runs of
 the first optimizer all reach, or `--goal`. An interrupted study goes on where it was; the reports are in the folder.
 """
 
@@ -76,7 +76,7 @@ def main() -> None:
         if needs_files and "STEEPEST_DATA" not in os.environ:
             print(f"{name} skipped: STEEPEST_DATA is not set")
             continue
-        command = [sys.executable, "-m", "steepest.cli", "compare", *arguments, "--tune", "5", "--out", str(out / name)]
+        command = [sys.executable, "-m", "steepest.cli", "compare", *arguments, "--tune", "4", "--out", str(out / name)]
         done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True)
         for summary in json.loads(done.stdout)["tasks"]:
             rows += rows_of(summary, out / name)
