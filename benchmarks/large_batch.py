@@ -21,12 +21,12 @@ RIVALS = "adamw,sgd,kfac,kfac-2x,fop"
 # folder, needs files, arguments of steepest compare
 STUDIES = [
     ("digits", False, ["digits", "--batch-sizes", "64,256,all", "-o", RIVALS, "--seeds", "3", "--epochs", "20"]),
+    ("longtail", False, ["digits_lt50", "digits_lt100", "-o", f"{RIVALS},sven", "--seeds", "5"]),
     (
         "fashion",
         True,
         ["fashion_mnist", "--batch-sizes", "512,2048,8192,all", "-o", RIVALS, "--seeds", "3", "--epochs", "10"],
     ),
-    ("longtail", False, ["digits_lt50", "digits_lt100", "-o", f"{RIVALS},sven", "--seeds", "5"]),
 ]
 
 
