@@ -176,9 +176,9 @@ class FOP(KFAC):
         super()._forget_gradients()
         self._reset()
 
-    def _begin(self, on_record: Callable[[Record], None] | None = None) -> None:
+    def _listener(self) -> Callable[[Record], None] | None:
         method = weakref.WeakMethod(self._on_record)
-        super()._begin(lambda record: _call(method(), record) if on_record is None else on_record(record))
+        return lambda record: _call(method(), record)
 
     def _on_record(self, record: Record) -> None:
         """Keep the gradient of the first half of the batch."""

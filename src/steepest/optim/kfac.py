@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from steepest._typing import Sharing
 from steepest._validation import check_choice, check_integer, check_real
-from steepest.engine.capture import named_trainable
 from steepest.engine.records import Record
 from steepest.errors import CaptureError, InvalidOptionError, NonFiniteError
 from steepest.linalg.decompositions import Decomposition
 from steepest.linalg.kronecker import Cholesky, DecompositionError, Eigenbasis, KroneckerSolver
 from steepest.optim._apply import adamw_step, descend
-from steepest.optim.blocks import Block, assign
+from steepest.optim.blocks import Block
 from steepest.optim.curvature import CURVATURE_KEYS, Curvature
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.gathering import Gathering, Recipe, Reduction
+from steepest.optim.layers import LayerOptimizer
+from steepest.optim.loss_scale import captured_scale, loss_scale
 from steepest.optim.terms import LossTerms
 
 # One batch says little about the curvature: so many steps at the start all update the factors.
@@ -53,7 +53,7 @@ class KFACDiagnostics:
     num_skipped: int
 
 
-class KFAC(Optimizer):
+class KFAC(LayerOptimizer):
     r"""Natural gradient with a Kronecker-factored Fisher information, in an ordinary loop.
 
     Every Linear and convolution layer has a block :math:`F \approx A \otimes S` with A the second moment of its inputs
@@ -125,7 +125,8 @@ class KFAC(Optimizer):
     _step_supports_amp_scaling = True
     _kept: tuple[str, ...] = (
         "_recipe", "_solver", "_factor_update_steps", "_inverse_update_steps",
-        "_skip_nonfinite", "_grad_scaler", "_model", "_schedules", "_assignment", "_blocks", "diagnostics",
+        "_skip_nonfinite", "_grad_scaler", "_model", "_schedules", "_assignment", "_blocks", "_constructed",
+        "diagnostics",
     )  # fmt: skip
 
     def __init__(
@@ -163,25 +164,19 @@ class KFAC(Optimizer):
         self._inverse_update_steps = check_integer("inverse_update_steps", inverse_update_steps, low=1)
         self._skip_nonfinite = on_nonfinite == "skip"
         self._grad_scaler = grad_scaler
-        self._model = model
         given = {"damping": damping, "momentum": momentum, "kl_clip": kl_clip, "factor_decay": factor_decay}
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         numbers = {name: value(0) if callable(value) else value for name, value in given.items()}
-        everything = named_trainable(model, None)
-        self._assignment = assign(model, everything, (skip,) if isinstance(skip, str) else skip)
-        self._names = {id(p): name for name, p in everything.items()}
-        self._blocks: dict[str, Block] = {}
         defaults = {
-            "lr": lr, "weight_decay": weight_decay, **numbers, "method": "kfac", "betas": adamw_betas, "eps": adamw_eps,
+            "lr": lr, "weight_decay": weight_decay, **numbers, "betas": adamw_betas, "eps": adamw_eps,
             "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
         }  # fmt: skip
         self._gathering: Gathering | None = None
         self._curvatures: dict[str, tuple[Any, Curvature]] = {}
-        super().__init__(list(everything.items()) if params is None else params, defaults)
-        self._begin()
         self.diagnostics: KFACDiagnostics | None = None
+        super().__init__(model, params, defaults, (skip,) if isinstance(skip, str) else skip)
 
-    def _begin(self, on_record: Callable[[Record], None] | None = None) -> None:
+    def _begin(self) -> None:
         """Watch the layers of all groups, in place of those watched so far."""
         for group in self.param_groups:
             _check_group(group)
@@ -194,60 +189,18 @@ class KFAC(Optimizer):
             self._recipe,
             due=lambda: _due(this()),
             decomposition=lambda block: _decomposition(this(), block),
-            on_record=on_record,
+            on_record=self._listener(),
             exact_rows=not isinstance(self._solver, (Eigenbasis, Cholesky)),
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters: those of layers with factors here, the others by AdamW, in a group of their own.
-
-        Args:
-            param_group: As in torch.optim.
-
-        Raises:
-            InvalidOptionError: If a tensor is no trainable parameter of the model.
-        """
-        given = param_group["params"]
-        entries = [given] if isinstance(given, Tensor) else list(given)
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-        strangers = sum(id(tensor) not in self._names for tensor in tensors)
-        if strangers:
-            raise InvalidOptionError(
-                f"{strangers} of the tensors in params are no trainable parameters of {type(self._model).__name__}: "
-                "pass some of model.parameters(), with requires_grad set."
-            )
-        blocks = self._assignment.within(tensors)
-        self._blocks.update({block.names[0]: block for block in blocks})
-        mine = {id(p) for block in blocks for p in block.params}
-        for method in ("kfac", "adamw"):
-            chosen = [e for e, t in zip(entries, tensors, strict=True) if (id(t) in mine) == (method == "kfac")]
-            if not chosen:
-                continue
-            group = {**param_group, "params": chosen, "method": method}
-            if method == "adamw":
-                merged = {**self.defaults, **param_group}
-                group |= {"lr": merged["adamw_lr"], "weight_decay": merged["adamw_weight_decay"]}
-            super().add_param_group(group)
-        if self._gathering is not None:
-            self._begin()
+    def _listener(self) -> Callable[[Record], None] | None:
+        """What is to be called in every backward with what it leaves for a layer; it must not hold the optimizer."""
+        return None
 
     def close(self) -> None:
         """Stop watching the model and remove the hooks from it; the optimizer takes no step afterwards."""
         if self._gathering is not None:
             self._gathering.close()
-
-    def __repr__(self) -> str:
-        """List who trains what."""
-        layers = [f"    {block.name}: {', '.join(map(_shape, block.params))}" for block in self._blocks.values()]
-        watched = {name for block in self._blocks.values() for name in block.names}
-        trained = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
-        rest = [
-            f"    {name}: {self._assignment.others.get(name, 'its weight is in another group')}"
-            for name in trained
-            if name not in watched
-        ]
-        heads = [f"  Kronecker factors, {len(layers)} layers:", *layers, f"  AdamW, {len(rest)} parameters:", *rest]
-        return "\n".join([super().__repr__(), *heads])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle together with the model; the copy watches its own model."""
@@ -258,7 +211,7 @@ class KFAC(Optimizer):
         """Take up a copied or pickled state."""
         super().__setstate__(state)
         if "_model" in state:
-            self._names = {id(p): name for name, p in named_trainable(self._model, None).items()}
+            self._rename()
             self._gathering, self._curvatures = None, {}
             self._begin()
 
@@ -277,9 +230,6 @@ class KFAC(Optimizer):
             if state is not None:
                 kept = {name: state[name] for name in CURVATURE_KEYS if name in state}
                 self.state[block.weight].update(_moved(kept, block.weight.device))
-
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, and what was gathered on their way.
@@ -357,11 +307,11 @@ class KFAC(Optimizer):
             raise CaptureError("The optimizer was closed and no longer watches the model: make a new one to go on.")
         memory = self._memory
         self._schedule(memory["steps"])
-        scale = self._loss_scale()
+        scale = loss_scale(self)
         if scale is None:
             return  # the GradScaler found infinity: it skips the step, as with every optimizer
         self._check_gradients()
-        groups = [group for group in self.param_groups if group["method"] == "kfac"]
+        groups = self._layer_groups()
         blocks = [self._blocks_of(group) for group in groups]
         curvatures = {
             block.names[0]: self._refreshed(block, group, scale)
@@ -399,32 +349,6 @@ class KFAC(Optimizer):
             group.update({name: schedule(step) for name, schedule in self._schedules.items()})
             _check_group(group)
 
-    def _loss_scale(self) -> float | None:
-        """Scale of the gradients in ``p.grad``, from torch.amp.GradScaler; None if the step is to be skipped."""
-        found_inf, scale = self._from_scaler()
-        if found_inf is None:
-            return 1.0
-        if bool(found_inf):
-            return None
-        return 1.0 if scale is None else float(scale)
-
-    def _from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a GradScaler sets for the time of a step: whether it found infinity, and its scale if still applied."""
-        # No attributes of the class: the scaler multiplies with one that it finds.
-        return getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-
-    def _captured_scale(self, scale: float) -> float:
-        """Scale of what was captured in the backward: that of ``p.grad`` before anybody unscaled it."""
-        found_inf, applied = self._from_scaler()
-        if found_inf is None or applied is not None:
-            return scale
-        if self._grad_scaler is None:
-            raise CaptureError(
-                "scaler.unscale_(opt) was called, so the scale of the captured gradients is not known: pass "
-                "grad_scaler=scaler to the optimizer."
-            )
-        return float(self._grad_scaler.get_scale())
-
     def _check_gradients(self) -> None:
         grads = [p.grad for p in self._trained() if p.grad is not None]
         if not grads:
@@ -445,7 +369,7 @@ class KFAC(Optimizer):
         curvature, gathering = self._curvature(block), self._gathered()
         part = gathering.parts.get(block.names[0])
         if part is not None and part.input is not None:
-            grad_scale = self._recipe.grad_scale(gathering.terms, self._captured_scale(scale))
+            grad_scale = self._recipe.grad_scale(gathering.terms, captured_scale(self, self._grad_scaler, scale))
             curvature = Curvature.updated(curvature, part, group["factor_decay"], grad_scale)
         if curvature is None:
             raise CaptureError(
@@ -569,10 +493,6 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     norms = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(list(tensors))])
     return norms.square().sum().sqrt()
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
