@@ -5,6 +5,7 @@ instead of the seconds that importing torch takes.
 """
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ _PRELOAD = ["torch._dynamo", "sklearn.datasets", "steepest.optim", "steepest.tra
 def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    # The memory profiler warns on standard error of blocks that are older than itself, in the midst of the display.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
