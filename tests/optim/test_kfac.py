@@ -794,3 +794,28 @@ def test_a_first_decomposition_that_fails_raises_with_the_layer(failing: list[in
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
     failing.clear()
     train(model, opt, *data(), F.cross_entropy)
+
+
+def numbers_in(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    return sum(map(numbers_in, value.values())) if isinstance(value, dict) else 0
+
+
+@pytest.mark.parametrize(
+    ("solver", "decomposition"),
+    [
+        (st.Eigenbasis(), lambda m, n: m * m + n * n + m + n),
+        (st.EigenbasisCorrected(), lambda m, n: m * m + n * n + m * n),
+        (st.Cholesky(), lambda m, n: 2 * (m * m + n * n) + 2),
+    ],
+    ids=repr,
+)
+def test_the_state_is_as_large_as_the_documentation_says(
+    solver: KroneckerSolver, decomposition: Callable[[int, int], int]
+) -> None:
+    model, (x, y) = mlp(), data()
+    opt = st.KFAC(model, solver=solver)
+    train(model, opt, x, y, F.cross_entropy)
+    expected = sum(m * m + n * n + decomposition(m, n) + m * n for m, n in ((5, 5), (6, 3)))
+    assert sum(map(numbers_in, opt.state.values())) == expected

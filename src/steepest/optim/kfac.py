@@ -97,6 +97,10 @@ class KFAC(LayerOptimizer):
         UnsupportedModelError: If the model is compiled.
         InvalidOptionError: If an option is impossible.
 
+    Memory, in numbers for each layer of n outputs and m inputs (the bias counts as an input): the running factors
+    m^2 + n^2, the decomposition m^2 + n^2 + m + n (Eigenbasis), m^2 + n^2 + m n (EigenbasisCorrected) or
+    2 (m^2 + n^2) + 2 and as much as m^2 + n^2 again for the inverses (Cholesky), and m n for the momentum.
+
     Gradient accumulation: divide each loss by the number of backwards, as usual. With a batch-normalised model in
     train mode gradients of single samples do not exist, and the factors are those of the normalised activations, as in
     all KFAC.
