@@ -4,6 +4,7 @@ import pytest
 
 from steepest.training.compare import Request, plan_runs
 from steepest.training.execute import execute
+from steepest.training.source import Source
 
 AS_AUTHORS = {
     "rows": "losses",
@@ -23,7 +24,12 @@ HALF_INVERSE = {"rows": "residuals", "lr": 0.215, "solver": {"type": "TruncatedE
 def test_toy_1d(options: dict[str, object], schedule: str, limit: float) -> None:
     """The authors report 5.1e-7; records of 5 seeds: up to 4.6e-7, and up to 1.4e-10 with the half-inverse."""
     request = Request(
-        tasks=["toy_1d"], optimizers=["sven"], seeds=[0], epochs=20, options={"sven": options}, schedule=schedule
+        tasks=[Source("toy_1d")],
+        optimizers=["sven"],
+        seeds=[0],
+        epochs=20,
+        options={"sven": options},
+        schedule=schedule,
     )
     (spec,) = plan_runs(request)
     record = execute(spec)
