@@ -200,11 +200,8 @@ class FOP(KFAC):
         finally:
             self._reset()
 
-    def _direction(
-        self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any], scale: float
-    ) -> Tensor:
+    def _direction(self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any]) -> Tensor:
         """The preconditioned combined gradient of a layer, times its eta."""
-        del scale
         direction, found = project_gradients(
             curvature.basis,
             gradient,

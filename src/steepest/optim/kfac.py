@@ -53,6 +53,16 @@ class KFACDiagnostics:
     num_skipped: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """What a step will do to one layer, before it does anything."""
+
+    block: Block
+    curvature: Curvature
+    gradient: Tensor
+    direction: Tensor
+
+
 class KFAC(LayerOptimizer):
     r"""Natural gradient with a Kronecker-factored Fisher information, in an ordinary loop.
 
@@ -315,21 +325,15 @@ class KFAC(LayerOptimizer):
         if scale is None:
             return  # the GradScaler found infinity: it skips the step, as with every optimizer
         self._check_gradients()
-        groups = self._layer_groups()
-        blocks = [self._blocks_of(group) for group in groups]
-        curvatures = {
-            block.names[0]: self._refreshed(block, group, scale)
-            for group, mine in zip(groups, blocks, strict=True)
-            for block in mine
-        }
-        updates = [
-            {
-                b.names[0]: self._direction(b, self._gradient(b, scale), curvatures[b.names[0]], group, scale)
-                for b in mine
-            }
-            for group, mine in zip(groups, blocks, strict=True)
+        plan = [
+            (group, [self._planned(block, group, scale) for block in self._blocks_of(group)])
+            for group in self._layer_groups()
         ]
-        self._finish(groups, blocks, curvatures, updates, scale)
+        self._finish(plan, scale)
+
+    def _planned(self, block: Block, group: dict[str, Any], scale: float) -> _Planned:
+        curvature, gradient = self._refreshed(block, group, scale), self._gradient(block, scale)
+        return _Planned(block, curvature, gradient, self._direction(block, gradient, curvature, group))
 
     def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
         """Layers of a group that have a gradient."""
@@ -387,68 +391,55 @@ class KFAC(LayerOptimizer):
                 raise DecompositionError(f"Layer {block.name!r}: {error}") from error
         return curvature
 
-    def _direction(
-        self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any], scale: float
-    ) -> Tensor:
+    def _direction(self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any]) -> Tensor:
         """The preconditioned gradient of a layer, ``[d_out, d_in (+ 1)]``."""
-        del block, scale
+        del block
         return curvature.basis.precondition(gradient, group["damping"])
 
-    def _finish(
-        self,
-        groups: list[dict[str, Any]],
-        blocks: list[list[Block]],
-        curvatures: dict[str, Curvature],
-        updates: list[dict[str, Tensor]],
-        scale: float,
-    ) -> None:
+    def _finish(self, plan: list[tuple[dict[str, Any], list[_Planned]]], scale: float) -> None:
         """Check the update, then change parameters and state: nothing before this line has."""
-        every = [update for part in updates for update in part.values()]
-        clips = [
-            self._clip(group, mine, part, scale) for group, mine, part in zip(groups, blocks, updates, strict=True)
-        ]
+        layers = [layer for _, mine in plan for layer in mine]
+        clips = [_clip(group, mine) for group, mine in plan]
+        every = [layer.direction for layer in layers]
         numbers = torch.stack([_norm(every), *[clip.double().cpu() for clip in clips]]).tolist()
         if not math.isfinite(numbers[0]):
             raise NonFiniteError(
                 "The update holds NaN or infinity; parameters and optimizer state are unchanged. Remedy: raise "
                 "damping, or skip such steps with on_nonfinite='skip'."
             )
-        for group, mine, clip in zip(groups, blocks, numbers[1:], strict=True):
-            _check_reach(max(1.0, float(group["lr"])) * clip * numbers[0], mine)
-        memory = self._memory
-        for group, mine, part, clip in zip(groups, blocks, updates, clips, strict=True):
-            params = [p for block in mine for p in block.params]
-            moves = [
-                m.to(p.dtype) for b in mine for m, p in zip(b.split(part[b.names[0]] * clip), b.params, strict=True)
-            ]
-            descend(params, moves, self.state, group)
+        for (group, mine), clip in zip(plan, numbers[1:], strict=True):
+            _check_reach(max(1.0, float(group["lr"])) * clip * numbers[0], [layer.block for layer in mine])
+        for (group, mine), nu in zip(plan, clips, strict=True):
+            params = [p for layer in mine for p in layer.block.params]
+            moves = [move for layer in mine for move in layer.block.split(layer.direction * nu)]
+            descend(params, [m.to(p.dtype) for m, p in zip(moves, params, strict=True)], self.state, group)
         for group in self.param_groups:
             if group["method"] == "adamw":
                 adamw_step(group, self.state, self._divisor(scale))
-        for block in (block for mine in blocks for block in mine):
-            state = self.state[block.weight]
-            state.update(curvatures[block.names[0]].state())
-            self._curvatures[block.names[0]] = state["decomposition"], curvatures[block.names[0]]
-        fresh = [c for c in curvatures.values() if c.age == 0]
+        for layer in layers:
+            if layer.curvature is not self._curvature(layer.block):
+                state = self.state[layer.block.weight]
+                state.update(layer.curvature.state())
+                self._curvatures[layer.block.names[0]] = state["decomposition"], layer.curvature
+        memory, fresh = self._memory, [layer for layer in layers if layer.curvature.age == 0]
         self.diagnostics = KFACDiagnostics(
             update_norm=numbers[0],
             clip=min(numbers[1:], default=1.0),
             num_decompositions=len(fresh) if self._gathered().parts else 0,
-            num_failures=sum(c.failures for c in curvatures.values()),
+            num_failures=sum(layer.curvature.failures for layer in layers),
             num_skipped=memory["num_skipped"],
         )
         memory["steps"] += 1
 
-    def _clip(self, group: dict[str, Any], blocks: list[Block], updates: dict[str, Tensor], scale: float) -> Tensor:
-        """Nu of a group, without waiting for the device."""
-        if group["kl_clip"] is None or not blocks:
-            return torch.ones(())
-        change = sum(
-            ((self._gradient(b, scale) * updates[b.names[0]]).sum().double() for b in blocks), torch.zeros(()).double()
-        )
-        size = (float(group["lr"]) ** 2 * change).clamp(min=torch.finfo(torch.float64).tiny)
-        clip: Tensor = (group["kl_clip"] / size).sqrt().clamp(max=1.0)
-        return clip
+
+def _clip(group: dict[str, Any], layers: Sequence[_Planned]) -> Tensor:
+    """Nu of a group, without waiting for the device."""
+    if group["kl_clip"] is None or not layers:
+        return torch.ones(())
+    change = torch.stack([(layer.gradient * layer.direction).sum().double() for layer in layers]).sum()
+    size = (float(group["lr"]) ** 2 * change).clamp(min=torch.finfo(torch.float64).tiny)
+    clip: Tensor = (group["kl_clip"] / size).sqrt().clamp(max=1.0)
+    return clip
 
 
 def _due(optimizer: KFAC | None) -> int | None:
