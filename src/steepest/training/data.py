@@ -134,7 +134,8 @@ def standardise(splits: Splits, *, targets: bool = False) -> Splits:
         mean, scale = reference.mean(dim=0), reference.std(dim=0, correction=0)
         # A constant has the rounding of its mean for a deviation: dividing by that would blow up other parts.
         varies = scale > 8 * torch.finfo(reference.dtype).eps * mean.abs()
-        return mean, torch.where(varies, scale, torch.ones_like(scale))
+        # The value itself and not its rounded mean: a constant becomes zero.
+        return torch.where(varies, mean, reference[0]), torch.where(varies, scale, torch.ones_like(scale))
 
     input_mean, input_scale = statistics(splits.train.inputs)
     scaling = {"input_mean": input_mean, "input_scale": input_scale}

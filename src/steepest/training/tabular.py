@@ -130,24 +130,13 @@ def _load(path: Path, inputs: Tensor, targets: Targets, data_seed: int) -> Split
                 f"data seed {data_seed}: use another --data-seed, or give more rows of that class"
             )
     regression = targets.kind == "regression"
-    # Taking a training row off first makes columns that are constant in training exactly zero: the
-    # rounding of their mean would otherwise be taken for a scale. The record gets the sum.
-    first = splits.train.inputs[0].clone()
-    first_target = splits.train.targets[0].clone() if regression else torch.zeros((), dtype=torch.int64)
-    parts = [
-        Split(part.inputs - first, part.targets - first_target) for part in (splits.train, splits.val, splits.test)
-    ]
-    scaled = standardise(Splits(*parts), targets=regression)
-    scaling = dict(scaled.scaling)
-    scaling["input_mean"] = scaling["input_mean"] + first
-    if regression:
-        scaling["target_mean"] = scaling["target_mean"] + first_target
+    scaled = standardise(splits, targets=regression)
     return Splits(
         *(
             Split(part.inputs.float(), part.targets.float() if regression else part.targets)
             for part in (scaled.train, scaled.val, scaled.test)
         ),
-        scaling=scaling,
+        scaling=scaled.scaling,
     )
 
 
