@@ -50,41 +50,41 @@ def _diagnose(optimizer: torch.optim.Optimizer) -> Diagnosis:
     return numbers
 
 
+def _entry(
+    name: str,
+    label: str,
+    description: str,
+    colour: str,
+    constructor: Callable[[], Callable[..., torch.optim.Optimizer]],
+) -> OptimizerEntry:
+    return OptimizerEntry(
+        name=name,
+        label=label,
+        description=description,
+        constructor=constructor,
+        takes="model",
+        step=lambda _options: backward_step,
+        lr_range=(3e-3, 3e-1),
+        options=_OPTIONS,
+        diagnose=_diagnose,
+        colour=colour,
+    )
+
+
 ENTRIES = [
-    OptimizerEntry(
-        name="kfac",
-        label="KFAC",
-        description="steepest.KFAC: natural gradient with Kronecker-factored curvature",
-        constructor=_kfac,
-        takes="model",
-        step=lambda _options: backward_step,
-        lr_range=(3e-3, 3e-1),
-        options=_OPTIONS,
-        diagnose=_diagnose,
-        colour="#56B4E9",
+    _entry("kfac", "KFAC", "steepest.KFAC: natural gradient with Kronecker-factored curvature", "#56B4E9", _kfac),
+    _entry(
+        "kfac-2x",
+        "KFAC 2x",
+        "KFAC with steps twice as long as it is told: what FOP is to be compared with",
+        "#999999",
+        _kfac_twice,
     ),
-    OptimizerEntry(
-        name="kfac-2x",
-        label="KFAC 2x",
-        description="KFAC with steps twice as long as it is told: what FOP is to be compared with",
-        constructor=_kfac_twice,
-        takes="model",
-        step=lambda _options: backward_step,
-        lr_range=(3e-3, 3e-1),
-        options=_OPTIONS,
-        diagnose=_diagnose,
-        colour="#999999",
-    ),
-    OptimizerEntry(
-        name="fop",
-        label="FOP",
-        description="steepest.FOP: KFAC corrected by what the two halves of a batch disagree about",
-        constructor=_fop,
-        takes="model",
-        step=lambda _options: backward_step,
-        lr_range=(3e-3, 3e-1),
-        options=_OPTIONS,
-        diagnose=_diagnose,
-        colour="#E69F00",
+    _entry(
+        "fop",
+        "FOP",
+        "steepest.FOP: KFAC corrected by what the two halves of a batch disagree about",
+        "#E69F00",
+        _fop,
     ),
 ]
