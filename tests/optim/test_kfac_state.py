@@ -78,7 +78,7 @@ def numbers_in(value: Any) -> int:
         (st.EigenbasisCorrected(), lambda m, n: m * m + n * n + m * n),
         (st.Cholesky(), lambda m, n: 2 * (m * m + n * n) + 2),
     ],
-    ids=repr,
+    ids=["eigenbasis", "corrected", "cholesky"],
 )
 def test_the_state_is_as_large_as_the_documentation_says(
     solver: KroneckerSolver, decomposition: Callable[[int, int], int]

@@ -7,65 +7,50 @@ stacked, :math:`(A \otimes S)\, \mathrm{vec}(G) = \mathrm{vec}(S G A)`. F is the
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from steepest.errors import InvalidOptionError
-from steepest.linalg.factors import inner, product, second_moment
+from steepest.linalg.factors import product, second_moment
 
-__all__ = ["CholeskyRoots", "CorrectedEigen", "Decomposition", "EigenDecomposition", "KroneckerEigen", "Placed"]
+__all__ = ["CorrectedEigen", "Decomposition", "EigenDecomposition", "KroneckerEigen", "KroneckerInverse", "Placed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    r"""One gradient a as a damped block sees it; all three are linear in the gradient.
+    r"""One gradient a as a damped block sees it; both are linear in the gradient.
 
-    .. math:: a^T M^{-1} b = \sum W \circ Z_a \circ Z_b, \qquad a^T M b = \sum x_a \circ y_b
+    .. math:: a^T M^{-1} b = \sum x_a \circ w_b
 
     Args:
-        coordinates: Z, ``[..., n, m]``.
-        vector: x, of the same shape.
-        image: y, of the same shape.
+        vector: x, ``[..., n, m]``: the gradient in some orthonormal basis.
+        dual: w, of the same shape: the solution of M in that basis.
     """
 
-    coordinates: Tensor
     vector: Tensor
-    image: Tensor
-
-    def metric_dot(self, other: "Placed") -> Tensor:
-        """Return ``a^T M b``, or ``a^T F b`` if they were placed so, for this a and the other's b."""
-        return inner(self.vector, other.image)
+    dual: Tensor
 
 
 class Decomposition(ABC):
     """A decomposed block: immutable, made of plain tensors. Nothing in its methods waits for a device."""
 
     @abstractmethod
-    def coordinates(self, gradient: Tensor) -> Tensor:
-        """Return Z, ``[..., n, m]``, of a gradient ``[..., n, m]``: two matrix products."""
+    def place(self, gradient: Tensor, damping: float | Tensor) -> Placed:
+        """Return all that inner products with the inverse of M need of a gradient ``[..., n, m]``: two products."""
 
     @abstractmethod
-    def inverse_weights(self, damping: float | Tensor) -> Tensor:
-        """Return W, with which ``a^T M^-1 b`` is the sum of ``W * Za * Zb``; it broadcasts to Z."""
+    def image(self, vector: Tensor, damping: float | Tensor, *, damped: bool = True) -> Tensor:
+        """Return y of a placed gradient, with which ``b^T M a``, or ``b^T F a``, is the sum of ``x_b * y_a``."""
 
     @abstractmethod
-    def direction(self, weighted: Tensor) -> Tensor:
-        """Return ``M^-1 G``, ``[..., n, m]``, from ``W * Z`` of G: two matrix products."""
-
-    @abstractmethod
-    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
-        """Return all that inner products with M (``damped``) or F, and with the inverse of M, need of a gradient."""
-
-    def solve(self, coordinates: Tensor, damping: float | Tensor) -> Tensor:
-        """Return ``M^-1 G``, ``[..., n, m]``, from the coordinates of G: two matrix products."""
-        return self.direction(coordinates * self.inverse_weights(damping))
+    def direction(self, dual: Tensor) -> Tensor:
+        """Return ``M^-1 G``, ``[..., n, m]``, from the dual of G, or from any combination of duals."""
 
     def precondition(self, gradient: Tensor, damping: float | Tensor) -> Tensor:
-        """Return ``M^-1 G``: four matrix products."""
-        return self.solve(self.coordinates(gradient), damping)
+        """Return ``M^-1 G``."""
+        return self.direction(self.place(gradient, damping).dual)
 
     def observed(self, inputs: Tensor, output_grads: Tensor, decay: float) -> Self:
         """Return the decomposition after a batch of ``[N, T, m]`` and ``[N, T, n]``; itself if it learns nothing."""
@@ -111,10 +96,6 @@ class EigenDecomposition(Decomposition):
     def resolved(self) -> Tensor:
         """Return ``[n, m]``: where D is more than rounding."""
 
-    def coordinates(self, gradient: Tensor) -> Tensor:
-        """Return ``U_S^T G U_A``."""
-        return product(self.grad_basis.T, gradient.to(self.grad_basis.dtype), self.input_basis)
-
     def inverse_weights(self, damping: float | Tensor) -> Tensor:
         """Return ``1 / (D + damping)``; without damping, 0 where D is nothing but rounding (the pseudo-inverse)."""
         total = self.curvature() + damping
@@ -122,15 +103,19 @@ class EigenDecomposition(Decomposition):
             total = torch.where(self.resolved() | (damping > 0), total, torch.inf)
         return total.clamp(min=torch.finfo(total.dtype).tiny).reciprocal()
 
-    def direction(self, weighted: Tensor) -> Tensor:
-        """Return ``U_S (W * Z) U_A^T``."""
-        return product(self.grad_basis, weighted, self.input_basis.T)
+    def place(self, gradient: Tensor, damping: float | Tensor) -> Placed:
+        """Return ``Z = U_S^T G U_A`` and that over ``D + damping``."""
+        vector = product(self.grad_basis.T, gradient.to(self.grad_basis.dtype), self.input_basis)
+        return Placed(vector, vector * self.inverse_weights(damping))
 
-    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
-        """Place a gradient: two matrix products, as M is diagonal in these coordinates."""
-        coordinates = self.coordinates(gradient)
+    def image(self, vector: Tensor, damping: float | Tensor, *, damped: bool = True) -> Tensor:
+        """Return ``(D + damping) * Z``: M is diagonal here, and no product is needed."""
         curvature = self.curvature()
-        return Placed(coordinates, coordinates, coordinates * (curvature + damping if damped else curvature))
+        return vector * (curvature + damping if damped else curvature)
+
+    def direction(self, dual: Tensor) -> Tensor:
+        """Return ``U_S W U_A^T``: two products."""
+        return product(self.grad_basis, dual, self.input_basis.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,55 +201,42 @@ class CorrectedEigen(EigenDecomposition):
 
 
 @dataclass(frozen=True, eq=False)
-class CholeskyRoots(Decomposition):
-    r"""Inverse Cholesky factors of :math:`M = (A + \pi\sqrt\lambda I) \otimes (S + \sqrt\lambda / \pi\, I)`.
+class KroneckerInverse(Decomposition):
+    r"""Inverses of both factors of :math:`M = (A + \pi\sqrt\lambda I) \otimes (S + \sqrt\lambda / \pi\, I)`.
 
     The damping is that of the decomposition: the one given at use is ignored. A and S are kept for the metric.
 
     Args:
         input_factor: A, ``[m, m]``.
         grad_factor: S, ``[n, n]``.
-        input_root: Inverse Cholesky factor of the damped A, ``[m, m]``.
-        grad_root: Inverse Cholesky factor of the damped S, ``[n, n]``.
+        input_inverse: Inverse of the damped A, ``[m, m]``.
+        grad_inverse: Inverse of the damped S, ``[n, n]``.
         input_shift: Damping added to A, 0-dimensional.
         grad_shift: Damping added to S, 0-dimensional.
     """
 
     input_factor: Tensor
     grad_factor: Tensor
-    input_root: Tensor
-    grad_root: Tensor
+    input_inverse: Tensor
+    grad_inverse: Tensor
     input_shift: Tensor
     grad_shift: Tensor
 
-    def coordinates(self, gradient: Tensor) -> Tensor:
-        """Return ``L_S^-1 G L_A^-T``."""
-        return product(self.grad_root, gradient.to(self.grad_root.dtype), self.input_root.T)
+    def place(self, gradient: Tensor, damping: float | Tensor) -> Placed:
+        """Return the gradient itself and ``M^-1 G``."""
+        gradient = gradient.to(self.grad_inverse.dtype)
+        return Placed(gradient, product(self.grad_inverse, gradient, self.input_inverse))
 
-    def inverse_weights(self, damping: float | Tensor) -> Tensor:
-        """Return 1: the coordinates are those in which M is the identity."""
-        return self.grad_root.new_ones(())
+    def image(self, vector: Tensor, damping: float | Tensor, *, damped: bool = True) -> Tensor:
+        """Return ``M G``, or ``S G A``: two products."""
+        left = product(self.grad_factor, vector)
+        left = torch.addcmul(left, self.grad_shift, vector) if damped else left
+        image = product(left, self.input_factor)
+        return torch.addcmul(image, self.input_shift, left) if damped else image
 
-    def direction(self, weighted: Tensor) -> Tensor:
-        """Return ``L_S^-T Z L_A^-1``."""
-        return product(self.grad_root.T, weighted, self.input_root)
-
-    @cached_property
-    def _inverses(self) -> tuple[Tensor, Tensor]:
-        return tuple(product(root.T, root) for root in (self.grad_root, self.input_root))  # type: ignore[return-value]
-
-    def precondition(self, gradient: Tensor, damping: float | Tensor) -> Tensor:
-        """Return ``M^-1 G``: two matrix products, once the inverses of both factors were formed."""
-        grad_inverse, input_inverse = self._inverses
-        return product(grad_inverse, gradient.to(grad_inverse.dtype), input_inverse)
-
-    def place(self, gradient: Tensor, damping: float | Tensor, *, damped: bool = True) -> Placed:
-        """Place a gradient: two matrix products for the coordinates, two for the metric's image."""
-        gradient = gradient.to(self.grad_root.dtype)
-        image = product(self.grad_factor, gradient)
-        image = image + self.grad_shift * gradient if damped else image
-        right = product(image, self.input_factor)
-        return Placed(self.coordinates(gradient), gradient, right + self.input_shift * image if damped else right)
+    def direction(self, dual: Tensor) -> Tensor:
+        """Return the dual as it is."""
+        return dual
 
 
 def _rounding(values: Tensor, size: int) -> Tensor:

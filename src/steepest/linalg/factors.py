@@ -12,7 +12,7 @@ __all__ = [
     "damped_pi",
     "eigenbasis",
     "inner",
-    "inverse_root",
+    "inverse",
     "product",
     "second_moment",
     "symmetrised",
@@ -135,24 +135,22 @@ def eigenbasis(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def inverse_root(matrix: Tensor, name: str) -> Tensor:
-    """Inverse of the Cholesky factor L of one damped factor ``L L^T``.
+def inverse(matrix: Tensor, name: str) -> Tensor:
+    """Inverse of one damped factor, by its Cholesky factor.
 
     Args:
         matrix: ``[k, k]``, as `symmetrised` returns it, damping added.
         name: What to call it in a message.
 
     Returns:
-        ``L^-1``, ``[k, k]``, lower triangular.
+        ``[k, k]``, symmetric.
     """
 
     def cholesky(unit: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        lower = torch.linalg.cholesky(unit)
-        identity = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
-        return (torch.linalg.solve_triangular(lower, identity, upper=False) / scale.sqrt(),)
+        return (torch.cholesky_inverse(torch.linalg.cholesky(unit)) / scale,)
 
-    (inverse,) = _attempt(cholesky, matrix, name)
-    return inverse
+    (found,) = _attempt(cholesky, matrix, name)
+    return found
 
 
 def _attempt(method: Callable[[Tensor, Tensor], tuple[Tensor, ...]], matrix: Tensor, name: str) -> tuple[Tensor, ...]:

@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steepest.linalg.decompositions import CholeskyRoots, CorrectedEigen, Decomposition, KroneckerEigen, Placed
+from steepest.linalg.decompositions import CorrectedEigen, Decomposition, KroneckerEigen, KroneckerInverse, Placed
 from steepest.linalg.factors import (
     DecompositionError,
     damped_pi,
     eigenbasis,
-    inverse_root,
+    inverse,
     second_moment,
     symmetrised,
 )
@@ -141,12 +141,12 @@ class Cholesky:
         >>> from steepest.linalg.kronecker import Cholesky
         >>> block = Cholesky().decompose(torch.eye(2), torch.eye(1), damping=1.0)
         >>> block.precondition(torch.tensor([[4.0, 8.0]]), damping=1.0)  # (1 + 1) (x) (1 + 1)
-        tensor([[1.0000, 2.0000]])
+        tensor([[1., 2.]])
     """
 
     def decompose(
         self, input_factor: Tensor, grad_factor: Tensor, damping: float | Tensor, previous: Decomposition | None = None
-    ) -> CholeskyRoots:
+    ) -> KroneckerInverse:
         """Decompose the block; waits for the device.
 
         Args:
@@ -156,17 +156,17 @@ class Cholesky:
             previous: Not used.
 
         Returns:
-            The inverse Cholesky factors of the damped A and S.
+            The inverses of the damped A and S.
         """
         a, s = _prepared(input_factor, grad_factor)
         pi, root = damped_pi(a, s), damping**0.5
         shift_a, shift_s = (pi * root).to(a), (root / pi).to(s)
-        roots = inverse_root(_shifted(a, shift_a), INPUT), inverse_root(_shifted(s, shift_s), GRAD)
-        return CholeskyRoots(a, s, *roots, shift_a, shift_s)
+        inverses = inverse(_shifted(a, shift_a), INPUT), inverse(_shifted(s, shift_s), GRAD)
+        return KroneckerInverse(a, s, *inverses, shift_a, shift_s)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> CholeskyRoots:
-        """Make the inverse Cholesky factors again from their tensors."""
-        return CholeskyRoots.from_tensors(tensors)
+    def restore(self, tensors: Mapping[str, Tensor]) -> KroneckerInverse:
+        """Make the inverses again from their tensors."""
+        return KroneckerInverse.from_tensors(tensors)
 
 
 def _prepared(input_factor: Tensor, grad_factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ class KFAC(LayerOptimizer):
 
     Memory, in numbers for each layer of n outputs and m inputs (the bias counts as an input): the running factors
     m^2 + n^2, the decomposition m^2 + n^2 + m + n (Eigenbasis), m^2 + n^2 + m n (EigenbasisCorrected) or
-    2 (m^2 + n^2) + 2 and as much as m^2 + n^2 again for the inverses (Cholesky), and m n for the momentum.
+    2 (m^2 + n^2) + 2 (Cholesky), and m n for the momentum.
 
     Gradient accumulation: divide each loss by the number of backwards, as usual. With a batch-normalised model in
     train mode gradients of single samples do not exist, and the factors are those of the normalised activations, as in
@@ -186,7 +186,6 @@ class KFAC(LayerOptimizer):
             "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
         }  # fmt: skip
         self._gathering: Gathering | None = None
-        self._curvatures: dict[str, tuple[Any, Curvature]] = {}
         self.diagnostics: KFACDiagnostics | None = None
         super().__init__(model, params, defaults, (skip,) if isinstance(skip, str) else skip)
 
@@ -226,7 +225,7 @@ class KFAC(LayerOptimizer):
         super().__setstate__(state)
         if "_model" in state:
             self._rename()
-            self._gathering, self._curvatures = None, {}
+            self._gathering = None
             self._begin()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,15 +266,7 @@ class KFAC(LayerOptimizer):
         return state
 
     def _curvature(self, block: Block) -> Curvature | None:
-        state, name = self.state[block.weight], block.names[0]
-        known = self._curvatures.get(name)
-        # The state says which is in use, a loaded one as well; made anew, a decomposition would forget its products.
-        if known is None or known[0] is not state.get("decomposition"):
-            made = Curvature.from_state(state, self._solver)
-            if made is None:
-                return None
-            known = self._curvatures[name] = state["decomposition"], made
-        return known[1]
+        return Curvature.from_state(self.state[block.weight], self._solver)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -417,10 +408,7 @@ class KFAC(LayerOptimizer):
             if group["method"] == "adamw":
                 adamw_step(group, self.state, self._divisor(scale))
         for layer in layers:
-            if layer.curvature is not self._curvature(layer.block):
-                state = self.state[layer.block.weight]
-                state.update(layer.curvature.state())
-                self._curvatures[layer.block.names[0]] = state["decomposition"], layer.curvature
+            self.state[layer.block.weight].update(layer.curvature.state())
         memory, fresh = self._memory, [layer for layer in layers if layer.curvature.age == 0]
         self.diagnostics = KFACDiagnostics(
             update_norm=numbers[0],

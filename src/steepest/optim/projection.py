@@ -1,6 +1,7 @@
 """The orthogonal correction of FOP: two gradients and an inner product, whatever the curvature behind it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,21 +21,19 @@ TOTALS = ("mean", "sum")
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What `project` found. All but two members are 0-dimensional tensors on the gradients' device.
+    """What `project` found. All but the first are 0-dimensional tensors on the gradients' device.
 
     Args:
-        coordinates: Coordinates of ``g_comb = g_avg + beta g_perp``.
-        perpendicular: Coordinates of ``g_perp = g_diff - s g_avg``.
+        dual: Dual of ``g_comb = g_avg + beta g_perp`` with ``g_perp = g_diff - s g_avg``.
         s: Share of g_avg in g_diff.
         beta: Weight of g_perp, 0 where the gate is closed. Its sign and size depend on how g_diff was written.
         eta: Step size of the quadratic model along ``M^-1 g_comb``.
         r: Squared cosine of g_avg and g_perp in the inverse of M, in [0, 1]: 0 where FOP is KFAC.
-        correction: ``|beta g_perp| / |g_avg|`` in the metric of s. In the inverse of M it is the root of r.
+        correction: ``|beta g_perp| / |g_avg|``, Euclidean. In the inverse of M it is the root of r.
         gate: Whether g_perp was used (bool); False where it is rounding.
     """
 
-    coordinates: Tensor
-    perpendicular: Tensor
+    dual: Tensor
     s: Tensor
     beta: Tensor
     eta: Tensor
@@ -43,7 +42,7 @@ class Projection:
     gate: Tensor
 
 
-def project(mean: Placed, difference: Placed, weights: Tensor, *, total: Total = "mean") -> Projection:
+def project(mean: Placed, difference: Placed, image: Tensor, *, total: Total = "mean") -> Projection:
     r"""Combine the mean and the difference of two gradients as FOP does (arXiv 2508.13898).
 
     .. math::
@@ -58,15 +57,16 @@ def project(mean: Placed, difference: Placed, weights: Tensor, *, total: Total =
     :math:`|g_{comb}| = \sqrt{1 + 3r}\, |g_{avg}|` and :math:`\eta^* = (1 + r) / (1 + 3r)`, twice that for the sum.
     Neither exchanging the two gradients nor rescaling their difference changes g_comb or eta.
 
-    Where ``|g_diff| / |g_avg|`` or ``|g_perp| / |g_diff|`` is below the root of the precision in the metric of s,
-    g_perp is rounding: the gate closes, beta is 0 and g_comb is g_avg, bit by bit. Nothing here waits for the device.
+    Where ``|g_diff| / |g_avg|`` or ``|g_perp| / |g_diff|`` is below the root of the precision, g_perp is rounding: the
+    gate closes, beta is 0 and g_comb is g_avg, bit by bit. Nothing here waits for the device.
 
     Differs from the paper: the gate; the mean as total by default, which makes equal gradients a KFAC step.
 
     Args:
-        mean: ``g_avg = (g1 + g2) / 2``; its image decides in which metric s is taken.
+        mean: ``g_avg = (g1 + g2) / 2``, placed. Where its squares overflow the gate closes: `project_gradients` brings
+            the gradients near 1 before.
         difference: ``g_diff = g1 - g2``, placed likewise.
-        weights: W of the inverse of M; broadcasts to the coordinates.
+        image: Image of ``g_avg``, which decides in which metric s is taken.
         total: g_tot: "mean" is g_avg, "sum" is g1 + g2.
 
     Returns:
@@ -80,37 +80,34 @@ def project(mean: Placed, difference: Placed, weights: Tensor, *, total: Total =
         >>> from steepest.linalg.kronecker import Eigenbasis
         >>> block = Eigenbasis().decompose(torch.tensor([[1.0]]), torch.diag(torch.tensor([1.0, 4.0])), damping=0.0)
         >>> g1, g2 = torch.tensor([[2.0], [1.0]]), torch.tensor([[0.0], [1.0]])
-        >>> found = project(block.place((g1 + g2) / 2, 0.0), block.place(g1 - g2, 0.0), block.inverse_weights(0.0))
+        >>> mean, difference = block.place((g1 + g2) / 2, 0.0), block.place(g1 - g2, 0.0)
+        >>> found = project(mean, difference, block.image(mean.vector, 0.0))
         >>> round(float(found.s), 4), round(float(found.beta), 4), round(float(found.r), 4)
         (0.4, 0.5769, 0.6923)
     """
     check_choice("total", total, TOTALS)
-    # Numbers near 1: g_comb does not depend on the scale of the difference, and squares of huge gradients overflow.
-    mean_size, difference_size = _size(mean.coordinates), _size(difference.coordinates)
-    a, d = _divided(mean, mean_size), _divided(difference, difference_size)
-    aa, dd = a.metric_dot(a), d.metric_dot(d)
-    s = _ratio(d.metric_dot(a), aa)
-    perp = _minus(d, s, a)
-    pp = perp.metric_dot(perp)
-    weighted = weights * perp.coordinates
-    cross, inverse_pp = inner(weighted, a.coordinates), inner(weighted, perp.coordinates)
-    inverse_aa = inner(weights * a.coordinates, a.coordinates)
-    eps = torch.finfo(aa.dtype).eps
-    gate = (difference_size * dd.sqrt() > eps**0.5 * mean_size * aa.sqrt()) & (pp > eps * dd)
+    s = _ratio(inner(difference.vector, image), inner(mean.vector, image))
+    vector, dual = (
+        torch.addcmul(d, s, a, value=-1) for d, a in ((difference.vector, mean.vector), (difference.dual, mean.dual))
+    )
+    cross, size = inner(mean.vector, dual), inner(vector, dual)
+    mean_size = inner(mean.vector, mean.dual)
+    euclidean = [torch.linalg.vector_norm(part) for part in (mean.vector, difference.vector, vector)]
+    root = torch.finfo(s.dtype).eps ** 0.5
+    gate = (euclidean[1] > root * euclidean[0]) & (euclidean[2] > root * euclidean[1])
     # A form that overflowed or vanished decides nothing either; NaN compares False.
-    for form in (inverse_aa, inverse_pp):
+    for form in (mean_size, size):
         gate = gate & (form > 0) & (form < torch.inf)
-    beta = torch.where(gate, cross / inverse_pp, 0)
-    r = torch.where(gate, beta * (cross / inverse_aa), 0).clamp(0, 1)
+    beta = torch.where(gate, cross / size, 0)
+    r = torch.where(gate, beta * (cross / mean_size), 0).clamp(0, 1)
     eta = (1 + r) / (1 + 3 * r)
     return Projection(
-        coordinates=torch.where(gate, mean.coordinates + (beta * mean_size) * perp.coordinates, mean.coordinates),
-        perpendicular=difference_size * perp.coordinates,
-        s=_bounded(s * difference_size / mean_size),
-        beta=torch.where(gate, _bounded(beta * (mean_size / difference_size)), 0),
+        dual=torch.where(gate, torch.addcmul(mean.dual, beta, dual), mean.dual),
+        s=s,
+        beta=beta,
         eta=2 * eta if total == "sum" else eta,
         r=r,
-        correction=torch.where(gate, _bounded(beta.abs() * _ratio(pp, aa).sqrt()), 0),
+        correction=torch.where(gate, beta.abs() * _ratio(euclidean[2], euclidean[0]), 0),
         gate=gate,
     )
 
@@ -126,7 +123,7 @@ def project_gradients(
 ) -> tuple[Tensor, Projection]:
     r"""FOP's direction :math:`\eta^* M^{-1} g_{comb}` for one layer; see `project`.
 
-    In an eigenbasis that takes two matrix products more than KFAC's four; with Cholesky six more.
+    It takes six matrix products; KFAC takes four in an eigenbasis and two with Cholesky.
 
     Args:
         block: The layer's decomposed curvature.
@@ -152,41 +149,25 @@ def project_gradients(
         (tensor([[1., 2.]]), tensor(False))
     """
     check_choice("metric", metric, METRICS)
-    damped = metric == "damped"
-    average, spread = (block.place(gradient, damping, damped=damped) for gradient in (mean, difference))
-    weights = block.inverse_weights(damping)
-    found = project(average, spread, weights, total=total)
-    return block.direction(found.eta * (weights * found.coordinates)), found
+    # Near 1: squares of huge gradients overflow, and those of tiny ones vanish.
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    up, down = _powers(mean.to(wide))
+    average, spread = (block.place(gradient.to(wide) * down, damping) for gradient in (mean, difference))
+    image = block.image(average.vector, damping, damped=metric == "damped")
+    found = project(average, spread, image, total=total)
+    found = replace(found, dual=found.dual * up)
+    return block.direction(found.eta * found.dual), found
 
 
-def _size(tensor: Tensor) -> Tensor:
-    """Return the largest absolute value, at least in float32; 1 for zeros."""
+def _powers(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a power of two near the largest entry, and its inverse: multiplying by them rounds nothing."""
     low, high = tensor.aminmax()  # ten times faster on the CPU than the infinity norm, and no temporary
-    size = torch.maximum(-low, high)
-    return torch.where(size > 0, size, 1).to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _divided(placed: Placed, size: Tensor) -> Placed:
-    """Divide a placed gradient, at least in float32."""
-    coordinates, image = placed.coordinates.to(size.dtype) / size, placed.image.to(size.dtype) / size
-    same = placed.vector is placed.coordinates
-    return Placed(coordinates, coordinates if same else placed.vector.to(size.dtype) / size, image)
-
-
-def _minus(placed: Placed, factor: Tensor, other: Placed) -> Placed:
-    """Return ``placed - factor * other``."""
-    coordinates = torch.addcmul(placed.coordinates, factor, other.coordinates, value=-1)
-    same = placed.vector is placed.coordinates
-    vector = coordinates if same else torch.addcmul(placed.vector, factor, other.vector, value=-1)
-    return Placed(coordinates, vector, torch.addcmul(placed.image, factor, other.image, value=-1))
+    most = int(math.log2(torch.finfo(tensor.dtype).max)) - 3
+    exponent = torch.frexp(torch.maximum(-low, high))[1].clamp(-most, most)
+    one = torch.ones((), dtype=tensor.dtype, device=tensor.device)
+    return torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divide two finite numbers; 0 where they are not, or where the denominator is not positive."""
     return torch.where(denominator > 0, (numerator / denominator).nan_to_num(nan=0, posinf=0, neginf=0), 0)
-
-
-def _bounded(number: Tensor) -> Tensor:
-    """Bring infinity to the largest finite number: these are reports, and nothing is computed from them."""
-    limit = torch.finfo(number.dtype).max
-    return number.clamp(-limit, limit)
