@@ -24,12 +24,13 @@ def decay(params: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float) 
         torch._foreach_mul_(list(params), 1 - float(lr) * weight_decay)
 
 
-def check_magnitude(value: float, dtype: torch.dtype) -> None:
+def check_magnitude(value: float, dtype: torch.dtype, remedy: str) -> None:
     """Raise before an update that would overflow changes anything.
 
     Args:
         value: Bound on the numbers of the update.
         dtype: dtype of the parameters.
+        remedy: What the user can do.
 
     Raises:
         NonFiniteError: If it is NaN or beyond what the dtype holds.
@@ -37,7 +38,7 @@ def check_magnitude(value: float, dtype: torch.dtype) -> None:
     if not value < torch.finfo(dtype).max:
         raise NonFiniteError(
             f"The update reaches {value:g}, which {dtype} does not hold; parameters and optimizer state are unchanged. "
-            "Remedy: lower lr, raise rtol, or use steepest.Damped."
+            f"Remedy: {remedy}."
         )
 
 

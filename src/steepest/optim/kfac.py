@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,13 +17,14 @@ from steepest.engine.records import Record
 from steepest.errors import CaptureError, InvalidOptionError, NonFiniteError
 from steepest.linalg.decompositions import Decomposition
 from steepest.linalg.kronecker import Cholesky, DecompositionError, Eigenbasis, KroneckerSolver
-from steepest.optim._apply import adamw_step, descend
+from steepest.optim._apply import adamw_step, check_magnitude, descend
 from steepest.optim.blocks import Block
 from steepest.optim.curvature import CURVATURE_KEYS, Curvature
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.gathering import Gathering, Recipe, Reduction
 from steepest.optim.layers import LayerOptimizer
 from steepest.optim.loss_scale import captured_scale, loss_scale
+from steepest.optim.plan import Planned, clip_factor, read, total, total_norm
 from steepest.optim.terms import LossTerms
 
 # One batch says little about the curvature: so many steps at the start all update the factors.
@@ -51,16 +52,6 @@ class KFACDiagnostics:
     num_decompositions: int
     num_failures: int
     num_skipped: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Planned:
-    """What a step will do to one layer, before it does anything."""
-
-    block: Block
-    curvature: Curvature
-    gradient: Tensor
-    direction: Tensor
 
 
 class KFAC(LayerOptimizer):
@@ -322,9 +313,9 @@ class KFAC(LayerOptimizer):
         ]
         self._finish(plan, scale)
 
-    def _planned(self, block: Block, group: dict[str, Any], scale: float) -> _Planned:
+    def _planned(self, block: Block, group: dict[str, Any], scale: float) -> Planned:
         curvature, gradient = self._refreshed(block, group, scale), self._gradient(block, scale)
-        return _Planned(block, curvature, gradient, self._direction(block, gradient, curvature, group))
+        return Planned(block, curvature, gradient, self._direction(block, gradient, curvature, group))
 
     def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
         """Layers of a group that have a gradient."""
@@ -354,10 +345,8 @@ class KFAC(LayerOptimizer):
             raise CaptureError("No parameter has a gradient: call loss.backward() before step().")
         if any(grad.is_sparse or grad.is_complex() for grad in grads):
             raise InvalidOptionError("A gradient is sparse or complex: use dense real parameters.")
-        sizes = [norm.double() for norm in torch._foreach_norm(grads)]
-        sizes += [size.double() for part in self._gathered().parts.values() for size in part.sizes()]
-        total = float(torch.stack([size.to(sizes[0].device) for size in sizes]).sum())
-        if not math.isfinite(total):
+        sizes = [size for part in self._gathered().parts.values() for size in part.sizes()]
+        if not math.isfinite(total([*torch._foreach_norm(grads), *sizes])):
             raise NonFiniteError(
                 "A gradient holds NaN or infinity; parameters and optimizer state are unchanged. Remedy: lower lr, "
                 "raise damping, clip with kl_clip, or skip such steps with on_nonfinite='skip'."
@@ -387,19 +376,20 @@ class KFAC(LayerOptimizer):
         del block
         return curvature.basis.precondition(gradient, group["damping"])
 
-    def _finish(self, plan: list[tuple[dict[str, Any], list[_Planned]]], scale: float) -> None:
+    def _finish(self, plan: list[tuple[dict[str, Any], list[Planned]]], scale: float) -> None:
         """Check the update, then change parameters and state: nothing before this line has."""
         layers = [layer for _, mine in plan for layer in mine]
-        clips = [_clip(group, mine) for group, mine in plan]
-        every = [layer.direction for layer in layers]
-        numbers = torch.stack([_norm(every), *[clip.double().cpu() for clip in clips]]).tolist()
+        clips = [clip_factor(group, mine) for group, mine in plan]
+        numbers = read([total_norm([layer.direction for layer in layers]), *clips])
         if not math.isfinite(numbers[0]):
             raise NonFiniteError(
                 "The update holds NaN or infinity; parameters and optimizer state are unchanged. Remedy: raise "
                 "damping, or skip such steps with on_nonfinite='skip'."
             )
         for (group, mine), clip in zip(plan, numbers[1:], strict=True):
-            _check_reach(max(1.0, float(group["lr"])) * clip * numbers[0], [layer.block for layer in mine])
+            for dtype in {p.dtype for layer in mine for p in layer.block.params}:
+                reach = max(1.0, float(group["lr"])) * clip * numbers[0]
+                check_magnitude(reach, dtype, "lower lr, raise damping, or set kl_clip")
         for (group, mine), nu in zip(plan, clips, strict=True):
             params = [p for layer in mine for p in layer.block.params]
             moves = [move for layer in mine for move in layer.block.split(layer.direction * nu)]
@@ -418,16 +408,6 @@ class KFAC(LayerOptimizer):
             num_skipped=memory["num_skipped"],
         )
         memory["steps"] += 1
-
-
-def _clip(group: dict[str, Any], layers: Sequence[_Planned]) -> Tensor:
-    """Nu of a group, without waiting for the device."""
-    if group["kl_clip"] is None or not layers:
-        return torch.ones(())
-    change = torch.stack([(layer.gradient * layer.direction).sum().double() for layer in layers]).sum()
-    size = (float(group["lr"]) ** 2 * change).clamp(min=torch.finfo(torch.float64).tiny)
-    clip: Tensor = (group["kl_clip"] / size).sqrt().clamp(max=1.0)
-    return clip
 
 
 def _due(optimizer: KFAC | None) -> int | None:
@@ -460,22 +440,6 @@ def _refuse_many(processes: int) -> None:
             f"This is one of {processes} processes, and the factors are not shared between processes yet: each would "
             "take a step of its own. Train in one process."
         )
-
-
-def _check_reach(size: float, blocks: Sequence[Block]) -> None:
-    for dtype in {p.dtype for block in blocks for p in block.params}:
-        if size > torch.finfo(dtype).max:
-            raise NonFiniteError(
-                f"The update reaches {size:g}, which {dtype} does not hold; parameters and optimizer state are "
-                "unchanged. Remedy: lower lr, raise damping, or set kl_clip."
-            )
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(list(tensors))])
-    return norms.square().sum().sqrt()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -225,7 +225,8 @@ class Sven(Optimizer):
             solution = self._solver.solve(jacobian, _stack(rows))
             scale = self._guard(solution.norm)
             rate = max(float(group["lr"]) for group in self.param_groups)
-            check_magnitude(solution.magnitude * max(rate, 1.0), jacobian.dtype)
+            remedy = "lower lr, raise rtol, or use steepest.Damped"
+            check_magnitude(solution.magnitude * max(rate, 1.0), jacobian.dtype, remedy)
         except NonFiniteError as error:
             if not self._skip:
                 raise
