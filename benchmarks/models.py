@@ -1,4 +1,4 @@
-"""The models of the speed benchmarks: two MLPs, a small GPT, a ResNet-18 with GroupNorm."""
+"""The models of the speed benchmarks: two MLPs, a small GPT, two ResNets with GroupNorm."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from steepest.nn import ResNet
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -89,7 +91,8 @@ def make(name: str, batch: int, seed: int = 0) -> Problem:
     torch.manual_seed(seed)
     if name == "gpt":
         return Problem(GPT(), torch.randint(65, (batch, 128)), torch.randint(65, (batch, 128)))
-    if name == "resnet18":
-        return Problem(resnet18(), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
+    if name in {"resnet18", "resnet_small"}:
+        model = resnet18() if name == "resnet18" else ResNet(3, 10)
+        return Problem(model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
     widths = {"mlp_wide": (784, 1024, 1024, 10), "mlp_small": (784, 32, 32, 32, 10)}[name]
     return Problem(mlp(*widths), torch.randn(batch, 784), torch.randint(10, (batch,)))
