@@ -67,7 +67,7 @@ def test_the_exact_roots_are_those_of_the_dense_hessian_in_the_output(kind: str)
     f = torch.randn(3, 4, dtype=DOUBLE)
     hessian = torch.autograd.functional.hessian(loss, f).reshape(12, 12)
     total = torch.zeros(3, 4, 4, dtype=DOUBLE)
-    for root, weight in fisher.roots(f, 0):
+    for root, weight in fisher.roots(f, (0, 0)):
         total += weight * torch.einsum("na,nb->nab", root, root)
     torch.testing.assert_close(torch.block_diag(*total), hessian)
 
@@ -98,6 +98,16 @@ def test_draws_follow_from_seed_and_step_alone() -> None:
         train(model, opt, x, y, F.cross_entropy)
         seen.append(factors(opt)["0"][1])
     assert not torch.allclose(*seen)
+
+
+def test_every_backward_of_an_accumulated_step_has_draws_of_its_own() -> None:
+    fisher = {"fisher": MonteCarlo()}
+    once = factors_after(mlp(), F.cross_entropy, data(), **fisher)
+    twice = factors_after(mlp(), F.cross_entropy, data(), data(), **fisher)
+    again = factors_after(mlp(), F.cross_entropy, data(), data(), **fisher)
+    assert_same(twice, again, rtol=0)
+    for name, (_, grad_factor) in once.items():
+        assert not torch.allclose(grad_factor, twice[name][1])
 
 
 @both

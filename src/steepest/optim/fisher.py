@@ -49,8 +49,13 @@ class OutputFisher(Fisher, ABC):
         check_real("scale", self.scale, low=0, open_low=True)
 
     @abstractmethod
-    def roots(self, output: Tensor, seed: int) -> Iterator[tuple[Tensor, float]]:
-        """Yield vectors v of the output's shape with weights w, so that ``sum w E[v v^T]`` is the loss' Hessian."""
+    def roots(self, output: Tensor, seed: tuple[int, int]) -> Iterator[tuple[Tensor, float]]:
+        """Yield vectors v of the output's shape with weights w, so that ``sum w E[v v^T]`` is the loss' Hessian.
+
+        Args:
+            output: What the model returned.
+            seed: Numbers of the step and of the forward in it.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class MonteCarlo(OutputFisher):
         output: As in `OutputFisher`.
         scale: As in `OutputFisher`.
         draws: Labels per sample.
-        seed: Seed of the draws, which follow from it and the step alone: a resumed run repeats them.
+        seed: Seed of the draws, which follow from it, the step and the number of the forward in the step: a resumed run
+            repeats them.
 
     Example:
         >>> import steepest as st
@@ -79,9 +85,10 @@ class MonteCarlo(OutputFisher):
         check_integer("draws", self.draws, low=1)
         check_integer("seed", self.seed, low=0)
 
-    def roots(self, output: Tensor, seed: int) -> Iterator[tuple[Tensor, float]]:
+    def roots(self, output: Tensor, seed: tuple[int, int]) -> Iterator[tuple[Tensor, float]]:
         """Gradients of the negative log-likelihood of drawn labels."""
-        generator = torch.Generator(output.device).manual_seed(self.seed * 1_000_003 + seed)
+        step, forward = seed
+        generator = torch.Generator(output.device).manual_seed((self.seed * 1_000_003 + step) * 1_009 + forward)
         f = output.detach().float() if output.dtype.itemsize < 4 else output.detach()
         for _ in range(self.draws):
             if self.output == "categorical":
@@ -112,7 +119,7 @@ class Exact(OutputFisher):
         Exact(output='gaussian', scale=2.0)
     """
 
-    def roots(self, output: Tensor, seed: int) -> Iterator[tuple[Tensor, float]]:
+    def roots(self, output: Tensor, seed: tuple[int, int]) -> Iterator[tuple[Tensor, float]]:
         """Columns of a root of the Hessian of the loss in the output."""
         del seed
         f = output.detach()

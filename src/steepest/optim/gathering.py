@@ -94,6 +94,7 @@ class Gathering:
         self.parts: dict[str, Gathered] = {}
         self.terms = 0
         self.grad_weight = 1.0
+        self._forwards = 0
         self._blocks, self._recipe = blocks, recipe
         self._due, self._decomposition, self._on_record = due, decomposition, on_record
         self._watch = Watch(
@@ -119,6 +120,7 @@ class Gathering:
         self._watch.abandon()
         self.parts.clear()
         self.terms = 0
+        self._forwards = 0
 
     def _forward(self, seen: Pass) -> _Batch | None:
         step = self._due()
@@ -134,8 +136,9 @@ class Gathering:
                 "components in its last dimension: return one, or use fisher=steepest.Empirical()."
             )
         batch = _Batch(seen.output.shape[:-1].numel())
+        number, self._forwards = self._forwards, self._forwards + 1
         with torch.no_grad():
-            for root, weight in recipe.fisher.roots(seen.output, step):
+            for root, weight in recipe.fisher.roots(seen.output, (step, number)):
                 batch.records += [(record, weight) for record in seen.records(seen.output, root)]
         return batch
 
