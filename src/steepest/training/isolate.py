@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 
@@ -32,12 +34,29 @@ def _context() -> BaseContext:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    resource_tracker.ensure_running()  # started later, it would let interrupts through again
     return context
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C reach this process only at the end.
+
+    It goes to the whole group of processes, and this one decides what becomes of the others: a fork server that is
+    started meanwhile never sees it, nor do its children, and no child waits in vain for what it is to do.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _child(connection: Connection, spec: RunSpec) -> None:
-    # Ctrl-C reaches the whole group of processes; the parent decides what becomes of this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for processes that no server made
     try:
         connection.send(execute(spec, connection.send, own_process=True))
     except BrokenPipeError:
@@ -68,8 +87,9 @@ def execute_isolated(
     process = _context().Process(target=_child, args=(sender, spec), daemon=True)  # type: ignore[attr-defined]
     outcome = Outcome()
     deadline = None if timeout is None else time.monotonic() + timeout
-    process.start()
-    sender.close()
+    with _interrupts_held_back():
+        process.start()
+        sender.close()
     try:
         while receiver.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
             message = receiver.recv()
