@@ -75,6 +75,38 @@ def test_json_is_all_there_is_on_standard_output(compared: Path, capsys: Capsys)
     assert all(Path(path).exists() for path in data["files"].values() if isinstance(path, str))
 
 
+def test_a_goal_by_a_metric_goes_from_flag_and_file_to_the_result(
+    compared: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    assert run([*SMALL, "--out", str(compared), "--goal-metric", "r2", "--goal", "-0.5", "--json"]) == 0
+    goal = json.loads(capsys.readouterr().out)["tasks"][0]["goal"]
+    assert (goal["metric"], goal["value"], goal["given"]) == ("r2", -0.5, True)
+    file = tmp_path / "settings.toml"
+    file.write_text('goal_metric = "r2"\n[goal]\ndiabetes = 0.125\n')
+    assert run([*SMALL, "--out", str(compared), "--config", str(file)]) == 0
+    assert "Goal: validation R2 0.125, given by the user." in capsys.readouterr().out
+    assert run(["report", str(compared), "--out", str(tmp_path / "r.html"), "--goal-metric", "r2"]) == 0
+    assert "final R2 of Adam's finished runs" in capsys.readouterr().out
+    assert "Validation R2 against epochs" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert run(["report", str(compared), "--goal-metric", "r3"]) == 2
+    assert "unknown goal metric of diabetes 'r3': did you mean 'r2'?" in capsys.readouterr().err
+    # As the other tests expect to find it.
+    assert run([*SMALL, "--out", str(compared)]) == 0
+    for plot in compared.glob("plots/*-r2.*"):
+        plot.unlink()
+
+
+def test_several_batch_sizes_are_shown_across(tmp_path: Path, capsys: Capsys) -> None:
+    small = ["compare", "diabetes", "-o", "sgd,adam", "--seeds", "1", "--epochs", "2", "--tune", "0"]
+    assert run([*small, "--batch-sizes", "16,all", "--goal", "9", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Epochs / seconds to a validation loss of 9.00" in shown
+    assert "Batch sizes <span" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert run([*small, "--batch-sizes", "16,all", "--out", str(tmp_path), "--json"]) == 0
+    (sweep,) = json.loads(capsys.readouterr().out)["sweeps"]
+    assert (sweep["sizes"][0], sweep["sizes"][1]) == (16, sweep["whole"])
+
+
 def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsys) -> None:
     small = ["compare", "diabetes", "-o", "sgd", "--seeds", "1", "--epochs", "1", "--tune", "2"]
     assert run([*small, "--out", str(tmp_path)]) == 0
@@ -107,8 +139,20 @@ BAD = {
     "negative budget": (["compare", "digits", "--budget-seconds", "-1"], "budget of seconds is -1"),
     "endless budget": (["compare", "digits", "--budget-seconds", "inf"], "budget of seconds is inf"),
     "impossible goal": (["compare", "digits", "--goal", "-1"], "the goal is -1"),
-    "goal is text": (["compare", "digits", "--goal", "low"], "--goal 'low': write a validation loss"),
+    "goal is text": (["compare", "digits", "--goal", "low"], "--goal 'low': write a number"),
     "goal of another task": (["compare", "digits", "--goal", "toy_1d=1"], "unknown task of a goal 'toy_1d'"),
+    "no such goal metric": (
+        ["compare", "digits", "--goal-metric", "acuracy"],
+        "unknown goal metric of digits 'acuracy': did you mean 'accuracy'? Known: val_loss, accuracy",
+    ),
+    "goal metric of one task alone": (
+        ["compare", "digits", "diabetes", "--goal-metric", "accuracy"],
+        "unknown goal metric of diabetes 'accuracy': Known: val_loss, r2",
+    ),
+    "impossible goal of a metric": (
+        ["compare", "digits", "--goal-metric", "accuracy", "--goal", "nan"],
+        "the goal is nan: it must be a finite value of accuracy",
+    ),
     "negative timeout": (["compare", "digits", "--timeout", "-3"], "timeout is -3"),
     "no such schedule": (
         ["compare", "digits", "--schedule", "linaer"],

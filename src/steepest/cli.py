@@ -139,6 +139,14 @@ _DropMissing = Annotated[
 _Model = Annotated[
     str | None, typer.Option(help="Instead of the task's own: mlp:64,64, cnn:16,32, resnet:16,32 or module:attribute.")
 ]
+_Goal = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[TASK=]VALUE", help="Validation loss or metric to time; else what Adam's runs all reach."),
+]
+_GoalMetric = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Metric that the goal is a value of, such as accuracy (default val_loss)."),
+]
 _Config = Annotated[Path | None, typer.Option(help="TOML file with these settings, - written as _; flags override it.")]
 
 
@@ -216,10 +224,8 @@ def compare(
             "that have no stored ones."
         ),
     ] = None,
-    goal: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[TASK=]LOSS", help="Validation loss to time; else what Adam's runs all reach."),
-    ] = None,
+    goal: _Goal = None,
+    goal_metric: _GoalMetric = None,
     epochs: _Epochs = None,
     budget_seconds: _Budget = None,
     schedule: _Schedule = None,
@@ -269,10 +275,8 @@ def report(
         Path | None, typer.Option("--out", "-o", help="The HTML file (report.html in the first folder).")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
-    goal: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[TASK=]LOSS", help="Validation loss to time; else what Adam's runs all reach."),
-    ] = None,
+    goal: _Goal = None,
+    goal_metric: _GoalMetric = None,
     json: Annotated[bool, _JSON] = False,
     debug: Annotated[bool, _DEBUG] = False,
 ) -> int:
@@ -285,7 +289,7 @@ def report(
     from steepest.commands.options import parse_goals
     from steepest.commands.report import report as report_command
 
-    return report_command(folders, out, title=title, goal=parse_goals(goal or []), json=json)
+    return report_command(folders, out, title=title, goal=parse_goals(goal or []), goal_metric=goal_metric, json=json)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
@@ -66,3 +67,64 @@ def read_page(html: str) -> Element:
     parser.close()
     assert parser.open == [parser.root], f"never closed: {[element.tag for element in parser.open[1:]]}"
     return parser.root
+
+
+def table_named(page: Element, name: str) -> list[list[str]]:
+    """Texts of a table, row by row."""
+    (box,) = [element for element in page.all("div") if element.attributes.get("aria-label") == name]
+    return [[" ".join(cell.text().split()) for cell in row.all() if cell.tag in {"td", "th"}] for row in box.all("tr")]
+
+
+def check_harmless(page: str, root: Element) -> None:
+    """No script, nothing from outside, no reference that leads nowhere."""
+    elements = root.all()
+    identifiers = [element.attributes["id"] for element in elements if "id" in element.attributes]
+    assert len(identifiers) == len(set(identifiers))
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "header",
+        "section",
+        "footer",
+        "h1",
+        "h2",
+        "h3",
+    }
+    allowed |= {
+        "p",
+        "span",
+        "ul",
+        "li",
+        "dl",
+        "dt",
+        "dd",
+        "div",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "b",
+        "small",
+    }
+    allowed |= {"a", "figure", "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect", "line"}
+    assert {element.tag for element in elements} <= allowed
+    for element in elements:
+        for name, value in element.attributes.items():
+            assert not name.startswith("on"), name
+            assert "://" not in value or name in {"aria-label", "data-label"}, value
+            if name == "href":
+                assert value.removeprefix("#") in identifiers
+            for target in re.findall(r"url\(([^)]*)\)", value) if name in {"style", "clip-path", "fill"} else []:
+                assert target.removeprefix("#") in identifiers
+    css = root.one("style").text()
+    assert "@import" not in css
+    assert "url(" not in css
+    assert "://" not in css
+    assert "xmlns" not in page

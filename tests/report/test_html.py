@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from made import make_history, make_problem, make_record
-from report.pages import Element, read_page
+from report.pages import Element, check_harmless, read_page, table_named
 from steepest.report.html import render_report, write_report
-from steepest.training.records import RunRecord
+from steepest.report.measure import Goals
+from steepest.training.records import Final, MetricNote, RunRecord
 
 SPECTRUM = tuple(10.0 ** (-place / 4) for place in range(33))
 ODD = ("<script>alert(1)</script>", "$x$", "a&b", "\"'", "{{ 7 * 7 }}", "</svg><img src=x onerror=alert(1)>", "]]>")
@@ -47,66 +48,6 @@ LOST = make_record(
 def section_text(page: Element) -> str:
     (section,) = page.all("section")
     return " ".join(section.text().split())
-
-
-def table_named(page: Element, name: str) -> list[list[str]]:
-    (box,) = [element for element in page.all("div") if element.attributes.get("aria-label") == name]
-    return [[" ".join(cell.text().split()) for cell in row.all() if cell.tag in {"td", "th"}] for row in box.all("tr")]
-
-
-def check_harmless(page: str, root: Element) -> None:
-    """No script, nothing from outside, no reference that leads nowhere."""
-    elements = root.all()
-    identifiers = [element.attributes["id"] for element in elements if "id" in element.attributes]
-    assert len(identifiers) == len(set(identifiers))
-    allowed = {
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "main",
-        "header",
-        "section",
-        "footer",
-        "h1",
-        "h2",
-        "h3",
-    }
-    allowed |= {
-        "p",
-        "span",
-        "ul",
-        "li",
-        "dl",
-        "dt",
-        "dd",
-        "div",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "b",
-        "small",
-    }
-    allowed |= {"a", "figure", "figcaption", "svg", "g", "path", "defs", "use", "text", "clippath", "rect", "line"}
-    assert {element.tag for element in elements} <= allowed
-    for element in elements:
-        for name, value in element.attributes.items():
-            assert not name.startswith("on"), name
-            assert "://" not in value or name in {"aria-label", "data-label"}, value
-            if name == "href":
-                assert value.removeprefix("#") in identifiers
-            for target in re.findall(r"url\(([^)]*)\)", value) if name in {"style", "clip-path", "fill"} else []:
-                assert target.removeprefix("#") in identifiers
-    css = root.one("style").text()
-    assert "@import" not in css
-    assert "url(" not in css
-    assert "://" not in css
-    assert "xmlns" not in page
 
 
 def test_a_page_is_well_formed_and_needs_nothing_from_outside() -> None:
@@ -188,7 +129,7 @@ def test_final_numbers_mark_the_best_not_by_colour_alone() -> None:
 
 
 def test_time_to_goal_tells_goal_resolution_and_ratio() -> None:
-    root = read_page(render_report(comparison(), goals={"toy_1d": 0.05}))
+    root = read_page(render_report(comparison(), goals=Goals({"toy_1d": 0.05})))
     sven, adam = table_named(root, "Time to goal")[1:]
     assert sven == ["Sven", "3/3", "1", "0.667", "0.50 ×"]
     assert adam == ["Adam", "3/3", "2", "1.33", "1.0 ×"]
@@ -273,6 +214,53 @@ def test_environments_that_differ_are_told() -> None:
     root = read_page(render_report([*other, *comparison()[2:]]))
     assert "not all made in the same environment" in root.text()
     assert ["cpu", "another (2 runs); a processor (4 runs)"] in table_named(root, "Environment")
+
+
+def test_a_goal_by_a_metric_has_curves_of_its_own_with_its_line() -> None:
+    def improving(record: RunRecord) -> RunRecord:
+        points = (replace(point, val_metrics={"r2": 0.3 * point.epoch}) for point in record.history)
+        return replace(record, history=tuple(points))
+
+    records = [improving(record) for record in comparison()]
+    root = read_page(render_report(records, goals=Goals({"toy_1d": 0.55}, "r2")))
+    assert [caption.text() for caption in root.all("figcaption")][:4] == [
+        "Validation squared error against epochs",
+        "Validation squared error against seconds of training",
+        "Validation R2 against epochs",
+        "Validation R2 against seconds of training",
+    ]
+    drawn = [{text.text() for text in figure.all("text")} for figure in root.all("figure")]
+    assert ["goal 0.550" in texts for texts in drawn[:4]] == [False, False, True, True]
+    assert "Medians at the end: Sven 0.900, Adam 0.900." in root.all("figure")[2].one("svg").attributes["aria-label"]
+    # A ratio has an even axis, from the untrained model's 0.
+    assert {"0", "0.25", "0.5", "0.75"} <= drawn[2]
+    sven, adam = table_named(root, "Time to goal")[1:]
+    assert sven == ["Sven", "3/3", "2", "1.33", "1.0 ×"]
+    assert adam == ["Adam", "3/3", "2", "1.33", "1.0 ×"]
+    text = section_text(root)
+    assert "The goal is a validation R2 of 0.550: given by the user." in text
+    assert "at the first evaluation at or above it" in text
+
+
+def test_the_line_of_a_goal_by_a_metric_is_shown_however_far_it_is() -> None:
+    root = read_page(render_report(comparison(), goals=Goals({"toy_1d": 0.99}, "r2")))
+    drawn = [{text.text() for text in figure.all("text")} for figure in root.all("figure")]
+    assert "goal 0.990" in drawn[2]
+
+
+def test_all_metrics_are_columns_the_main_one_first() -> None:
+    metrics = (MetricNote("r2", "R2", higher_is_better=True), MetricNote("mae", "MAE", higher_is_better=False))
+    records = [
+        make_record(
+            optimizer=name,
+            problem=make_problem(metrics=metrics),
+            final=Final(0.1, 0.1, {}, {"r2": 0.8, "mae": mae}),
+        )
+        for name, mae in (("sven", 0.25), ("adam", 0.5))
+    ]
+    table = table_named(read_page(render_report(records)), "Final numbers")
+    assert table[0][3:6] == ["test R2", "test MAE", "seconds"]
+    assert [row[4] for row in table[1:]] == ["0.2500★", "0.5000"]
 
 
 def test_several_sections_have_an_overview_that_leads_to_them() -> None:

@@ -24,3 +24,9 @@ def test_labels_keep_their_distance_and_their_order(wanted: list[float]) -> None
 def test_long_labels_are_cut() -> None:
     assert shortened("abcdefgh", 8) == "abcdefgh"
     assert shortened("abcdefghi", 8) == "abcdefg…"
+
+
+def test_labels_stay_between_their_ends_and_keep_their_distance() -> None:
+    wanted = [0.98, 0.97, 0.99, 0.01, 0.02]
+    places = spread_positions(wanted, gap=0.1, low=0.0, top=1.0)
+    assert places == pytest.approx([0.9, 0.8, 1.0, 0.0, 0.1])

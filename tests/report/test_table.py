@@ -8,9 +8,11 @@ import json
 import pytest
 from rich.console import Console
 
-from made import make_record
+from made import make_problem, make_record
+from steepest.report.measure import Goals
 from steepest.report.summary import summarise
 from steepest.report.table import cells, headings, markdown_table, print_task_table, summary_json
+from steepest.training.records import Final, MetricNote
 
 RECORDS = [
     make_record(optimizer=name, seed=seed, loss=loss)
@@ -20,7 +22,7 @@ RECORDS = [
 
 
 def printed(width: int, *, terminal: bool, title: str = "a title", goal: float | None = None) -> str:
-    (summary,) = summarise(RECORDS, {} if goal is None else {"toy_1d": goal})
+    (summary,) = summarise(RECORDS, None if goal is None else Goals({"toy_1d": goal}))
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=terminal, color_system=None)
     print_task_table(console, summary, title=title, caption="a caption")
@@ -102,3 +104,33 @@ def test_a_bar_in_a_name_does_not_break_markdown() -> None:
 def test_equal_values_are_not_starred() -> None:
     (summary,) = summarise([make_record(optimizer="sven"), make_record(optimizer="sgd")])
     assert not any(best for row in summary.rows for _, best in cells(summary, row))
+
+
+def test_all_metrics_are_shown_even_on_a_narrow_terminal() -> None:
+    metrics = (
+        MetricNote("accuracy", "accuracy", higher_is_better=True),
+        MetricNote("rare", "accuracy of rare classes", higher_is_better=True),
+    )
+    final = Final(0.1, 0.1, {}, {"accuracy": 0.9, "rare": 0.4321})
+    record = make_record(task="digits", problem=make_problem("digits", metrics=metrics), final=final)
+    (summary,) = summarise([record])
+    shown = {}
+    for width in (80, 200):
+        file = io.StringIO()
+        console = Console(file=file, width=width, force_terminal=True, color_system=None)
+        print_task_table(console, summary, title="a title")
+        shown[width] = file.getvalue()
+        assert max(map(len, shown[width].splitlines())) <= width
+        assert "0.4321" in shown[width]
+        assert "…" not in shown[width]
+    assert "test accuracy of rare classes" in shown[200]
+    assert "test accuracy of rare classes" in markdown_table(summary)
+
+
+def test_the_goal_of_a_metric_is_told_with_its_name() -> None:
+    (summary,) = summarise(RECORDS, Goals({"toy_1d": 0.25}, "r2"))
+    file = io.StringIO()
+    print_task_table(Console(file=file, width=200), summary, title="a title")
+    assert "Goal: validation R2 0.250, given by the user." in file.getvalue()
+    goal = json.loads(json.dumps(summary_json([summary])))[0]["goal"]
+    assert (goal["metric"], goal["label"], goal["higher_is_better"], goal["value"]) == ("r2", "R2", True, 0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from made import make_record
+from steepest.report.measure import Goals
 from steepest.report.summary import summarise
 from steepest.report.verdict import verdict
 from steepest.training.records import RunRecord
@@ -16,8 +17,8 @@ def lost(optimizer: str, status: str, seed: int = 0) -> RunRecord:
     return make_record(optimizer=optimizer, seed=seed, status=status, error="x", final=None, history=())
 
 
-def said(records: list[RunRecord], goals: dict[str, float] | None = None) -> str:
-    (summary,) = summarise(records, goals)
+def said(records: list[RunRecord], goals: dict[str, float] | None = None, metric: str | None = None) -> str:
+    (summary,) = summarise(records, Goals(goals or {}, metric))
     return " ".join(verdict(summary))
 
 
@@ -74,3 +75,13 @@ def test_losses_of_zero_and_below_need_no_ratio() -> None:
         *runs("adam", 0.1),
         *runs("sven", -1.0),
     ])
+
+
+def test_a_goal_by_a_metric_is_named() -> None:
+    records = [*runs("adam", 0.1, seconds=4.0), *runs("sven", 0.1, seconds=1.0)]
+    text = said(records, {"toy_1d": 0.75}, "r2")
+    assert "No run reaches the goal of 0.750 validation R2." in text
+    # Records made by hand have an R2 of 0.5 before the first step.
+    assert "The untrained model meets the goal of 0.500 validation R2, which so says nothing." in said(
+        records, metric="r2"
+    )

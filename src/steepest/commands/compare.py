@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from steepest.commands.output import goals_by_task, print_files, print_tables, result_json
+from steepest.commands.output import goals_for, print_files, print_tables, result_json
 from steepest.errors import InvalidOptionError
 from steepest.report.live import listener_for
 from steepest.report.outcome import write_outcome
@@ -14,6 +14,7 @@ from steepest.training.compare import plan_runs, run_all
 from steepest.training.isolate import execute_isolated
 from steepest.training.records import RecordStore, RunRecord
 from steepest.training.settings import CompareSettings
+from steepest.training.source import resolve
 from steepest.training.spec import RunSpec
 from steepest.training.tune import Choice, apply_choices, choose, tuning_runs
 
@@ -40,7 +41,7 @@ def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
     """
     request = settings.request()
     specs = plan_runs(request)
-    goals = goals_by_task(settings.goal, [spec.task for spec in specs])
+    goals = goals_for(settings.goal, settings.goal_metric, _metrics(settings, specs))
     trials = _trials(settings, specs)
     out = Path(settings.out or _FOLDER)
     store, tuning = RecordStore(out / "records"), RecordStore(out / "tuning")
@@ -71,6 +72,14 @@ def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
         print_tables(console, records, goals)
         print_files(console, {"records": store.folder, "table": out / "summary.md", "report": out / "report.html"})
     return 1 if any(record.status == "failed" for record in records) else 0
+
+
+def _metrics(settings: CompareSettings, specs: Sequence[RunSpec]) -> dict[str, list[str]]:
+    """Names of the metrics of every task; the task is only made again where a goal by one is to be checked."""
+    origins = {spec.task: spec.origin() for spec in specs}
+    if settings.goal_metric is None:
+        return {task: [] for task in origins}
+    return {task: [metric.name for metric in resolve(origin).metrics] for task, origin in origins.items()}
 
 
 def _trials(settings: CompareSettings, specs: Sequence[RunSpec]) -> list[RunSpec]:

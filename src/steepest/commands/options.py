@@ -81,16 +81,16 @@ def _value(optimizer: str, name: str, text: str) -> object:
 
 
 def parse_goals(texts: Sequence[str]) -> float | dict[str, float] | None:
-    """Read `--goal LOSS` or `--goal TASK=LOSS`.
+    """Read `--goal VALUE` or `--goal TASK=VALUE`.
 
     Args:
         texts: What was given.
 
     Returns:
-        One loss for all tasks, a loss for each, or None if nothing was given.
+        One value for all tasks, a value for each, or None if nothing was given.
 
     Raises:
-        InvalidOptionError: If a loss is no number.
+        InvalidOptionError: If a value is no number.
     """
     goals = {}
     for text in texts:
@@ -98,7 +98,7 @@ def parse_goals(texts: Sequence[str]) -> float | dict[str, float] | None:
         try:
             goals[task] = float(value)
         except ValueError as error:
-            raise InvalidOptionError(f"--goal {text!r}: write a validation loss, as in 0.1 or digits=0.1") from error
+            raise InvalidOptionError(f"--goal {text!r}: write a number, as in 0.1 or digits=0.1") from error
     if "" in goals and len(goals) > 1:
         raise InvalidOptionError("--goal is given for all tasks and for single ones: use one of the two forms")
     return goals.get("", goals or None)

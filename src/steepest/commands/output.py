@@ -1,18 +1,23 @@
 """What commands print when they are done."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from steepest.errors import InvalidOptionError
+from steepest.report.groups import group
+from steepest.report.measure import LOSS, Goals, check_metric
 from steepest.report.summary import summarise
+from steepest.report.sweep import sweeps_of
+from steepest.report.sweep_table import print_sweep, sweep_json
 from steepest.report.table import print_task_table, summary_json
 from steepest.training.errors import UnknownNameError, unknown
 from steepest.training.records import RunRecord
 
-__all__ = ["goals_by_task", "print_files", "print_tables", "result_json"]
+__all__ = ["goals_for", "print_files", "print_tables", "result_json"]
 
 _LEGEND = (
     "Mean ± standard deviation over the finished runs; * is the best of a column. The clock leaves out evaluation, "
@@ -20,39 +25,45 @@ _LEGEND = (
 )
 
 
-def goals_by_task(goal: float | Mapping[str, float] | None, tasks: Iterable[str]) -> dict[str, float]:
+def goals_for(
+    goal: float | Mapping[str, float] | None, metric: str | None, metrics: Mapping[str, Sequence[str]]
+) -> Goals:
     """Give every task its goal.
 
     Args:
-        goal: One loss for all tasks, a loss for each, or None.
-        tasks: Names of the tasks.
+        goal: One value for all tasks, a value for each, or None.
+        metric: What it is a value of: a metric of every task, or None for the validation loss.
+        metrics: Names of the metrics of every task.
 
     Returns:
-        Losses by task; tasks that are not in it have the default goal.
+        What is timed; tasks without a value have the default goal.
 
     Raises:
-        InvalidOptionError: If a goal is no number above 0.
-        UnknownNameError: If a goal is for a task that is not there.
+        InvalidOptionError: If a goal is no possible value.
+        UnknownNameError: If a goal is for a task that is not there, or a task lacks the metric.
     """
-    names = list(dict.fromkeys(tasks))
+    for task, known in metrics.items():
+        check_metric(task, metric, known)
     if goal is None:
-        return {}
-    goals = dict(goal) if isinstance(goal, Mapping) else dict.fromkeys(names, goal)
-    for name, loss in goals.items():
-        if name not in names:
-            raise UnknownNameError(unknown("task of a goal", name, names))
-        if not 0 < loss < float("inf"):
-            raise InvalidOptionError(f"the goal is {loss}: it must be a validation loss above 0")
-    return goals
+        return Goals(metric=metric)
+    values = dict(goal) if isinstance(goal, Mapping) else dict.fromkeys(metrics, goal)
+    for task, value in values.items():
+        if task not in metrics:
+            raise UnknownNameError(unknown("task of a goal", task, metrics))
+        if metric in {None, LOSS.name} and not 0 < value < math.inf:
+            raise InvalidOptionError(f"the goal is {value}: it must be a validation loss above 0")
+        if not math.isfinite(value):
+            raise InvalidOptionError(f"the goal is {value}: it must be a finite value of {metric}")
+    return Goals(values, metric)
 
 
-def print_tables(console: Console, records: Sequence[RunRecord], goals: Mapping[str, float]) -> None:
-    """Print one table per task, and what its columns mean.
+def print_tables(console: Console, records: Sequence[RunRecord], goals: Goals) -> None:
+    """Print one table per task, what its columns mean, and the tables across batch sizes.
 
     Args:
         console: Where to.
         records: The records.
-        goals: Validation losses by task that are timed.
+        goals: What is timed.
     """
     for summary in summarise(records, goals):
         name = f"{summary.task} ({summary.variant})" if summary.variant else summary.task
@@ -62,6 +73,9 @@ def print_tables(console: Console, records: Sequence[RunRecord], goals: Mapping[
             console.print(note, soft_wrap=True)
         print_task_table(console, summary, title=f"{name} - {summary.description}", caption="; ".join(sources))
     console.print(_LEGEND, soft_wrap=True)
+    for sweep in sweeps_of(group(records), goals):
+        console.print()
+        print_sweep(console, sweep)
 
 
 def print_files(console: Console, files: Mapping[str, Path]) -> None:
@@ -77,15 +91,17 @@ def print_files(console: Console, files: Mapping[str, Path]) -> None:
         console.print(f"{what:<{width}}  {path}", soft_wrap=True)
 
 
-def result_json(records: Sequence[RunRecord], goals: Mapping[str, float], files: Mapping[str, object]) -> str:
+def result_json(records: Sequence[RunRecord], goals: Goals, files: Mapping[str, object]) -> str:
     """The result of a command for programs.
 
     Args:
         records: The records.
-        goals: Validation losses by task that are timed.
+        goals: What is timed.
         files: What was written.
 
     Returns:
         JSON.
     """
-    return json.dumps({"schema": 2, "tasks": summary_json(summarise(records, goals)), "files": files}, default=str)
+    summaries, sweeps = summarise(records, goals), sweeps_of(group(records), goals)
+    content = {"schema": 2, "tasks": summary_json(summaries), "sweeps": sweep_json(sweeps), "files": files}
+    return json.dumps(content, default=str)

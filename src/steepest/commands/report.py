@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from steepest.commands.output import goals_by_task, print_files, print_tables, result_json
+from steepest.commands.output import goals_for, print_files, print_tables, result_json
 from steepest.report.html import write_report
 from steepest.training.errors import RecordError
 from steepest.training.records import RecordStore, RunRecord
@@ -20,6 +20,7 @@ def report(
     *,
     title: str | None,
     goal: float | Mapping[str, float] | None,
+    goal_metric: str | None,
     json: bool,
 ) -> int:
     """Write the report.
@@ -28,7 +29,8 @@ def report(
         folders: Folders of runs.
         out: The file; `report.html` in the first folder by default.
         title: Title of the report.
-        goal: Validation loss that is timed, one for all tasks or one for each.
+        goal: Value that is timed, one for all tasks or one for each.
+        goal_metric: Metric that it is a value of; None for the validation loss.
         json: Print JSON instead of tables.
 
     Returns:
@@ -36,7 +38,8 @@ def report(
     """
     # The order of a comparison, so that its own report and this one list its optimizers alike.
     records = sorted((record for folder in folders for record in _read(folder)), key=lambda record: record.started)
-    goals = goals_by_task(goal, [record.task for record in records])
+    metrics = {record.task: [metric.name for metric in record.problem.metrics] for record in records}
+    goals = goals_for(goal, goal_metric, metrics)
     path = out or folders[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(records, path, title=title, goals=goals)

@@ -12,6 +12,7 @@ from steepest.commands.output import print_files, print_tables, result_json
 from steepest.errors import InvalidOptionError
 from steepest.report.html import write_report
 from steepest.report.live import listener_for
+from steepest.report.measure import Goals
 from steepest.training.checkpoint import Keeping, saved_settings
 from steepest.training.compare import plan_runs
 from steepest.training.errors import CheckpointError
@@ -92,10 +93,10 @@ def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> 
     if record.status == "finished":
         files["model"] = out / "model.pt"
     if json:
-        typer.echo(result_json([record], {}, files))
+        typer.echo(result_json([record], Goals(), files))
     else:
         console = Console(markup=False, highlight=False)
-        print_tables(console, [record], {})
+        print_tables(console, [record], Goals())
         print_files(console, files)
     return 0 if record.status == "finished" else 1
 

@@ -1,4 +1,4 @@
-"""The axis of a loss: logarithmic where that makes sense, with labels that people can read."""
+"""The axis of a loss or a metric: logarithmic where that makes sense, with labels that people can read."""
 
 import math
 from collections.abc import Sequence
@@ -22,11 +22,12 @@ class Scale:
     log: bool
 
 
-def scale_of(values: Sequence[float]) -> Scale:
+def scale_of(values: Sequence[float], *, may_log: bool = True) -> Scale:
     """Choose an axis.
 
     Args:
         values: Everything that must be on it; what is not finite does not count.
+        may_log: Whether it may be logarithmic.
 
     Returns:
         A logarithmic axis if all values are positive and the largest is above three times the smallest.
@@ -35,7 +36,7 @@ def scale_of(values: Sequence[float]) -> Scale:
     if not finite:
         return Scale(0.0, 1.0, log=False)
     low, high = min(finite), max(finite)
-    if low > 0 and high / low > _LOG_RATIO:
+    if may_log and low > 0 and high / low > _LOG_RATIO:
         room = (high / low) ** 0.05
         return Scale(max(low / room, 1e-300), min(high * room, 1e300), log=True)
     room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0

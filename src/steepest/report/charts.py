@@ -9,12 +9,13 @@ from typing import Any
 from markupsafe import Markup
 
 from steepest.report.curves import Series, series_of
+from steepest.report.goal import Goal
 from steepest.report.groups import Cell
 from steepest.report.labels import label_ends, shortened
-from steepest.report.plot import MOST_COLOURED, Against, draw_losses
+from steepest.report.measure import LOSS, Measure
+from steepest.report.plot import MOST_COLOURED, Against, draw_curves
 from steepest.report.style import PagePaint, page_style
 from steepest.report.svg import inline_svg
-from steepest.report.words import number
 
 __all__ = ["LONGEST_LABEL", "Charts", "Figure", "room_for"]
 
@@ -54,36 +55,44 @@ class Charts:
         self.paint = PagePaint()
         self._numbers = count(1)
 
-    def losses(self, cell: Cell, goal: float | None) -> list[Figure]:
-        """Validation loss against epochs and against seconds.
+    def curves(self, cell: Cell, goal: Goal | None) -> list[Figure]:
+        """Validation loss, and the metric that the goal is a value of, against epochs and against seconds.
 
         Args:
             cell: Runs that may be compared.
-            goal: Validation loss to reach.
+            goal: What is to be reached.
 
         Returns:
-            Two figures.
+            Two figures of the loss, and two of the metric if the goal is by one.
         """
-        series = series_of(cell)
+        measures = [LOSS] if goal is None or goal.measure == LOSS else [LOSS, goal.measure]
+        return [figure for measure in measures for figure in self._both(cell, measure, goal)]
+
+    def _both(self, cell: Cell, measure: Measure, goal: Goal | None) -> list[Figure]:
+        series, line = series_of(cell, measure), goal if goal is not None and goal.measure == measure else None
+        what = f"Validation {cell.problem.loss if measure == LOSS else measure.label}"
         named: dict[Against, str] = {"epochs": "epochs", "seconds": "seconds of training"}
         return [
-            Figure(f"Validation {cell.problem.loss} against {words}", self._losses(series, against, goal, words))
+            Figure(f"{what} against {words}", self._curves(series, against, measure, line, words))
             for against, words in named.items()
         ]
 
-    def _losses(self, series: Sequence[Series], against: Against, goal: float | None, words: str) -> Markup:
+    def _curves(
+        self, series: Sequence[Series], against: Against, measure: Measure, goal: Goal | None, words: str
+    ) -> Markup:
         drawn = [item for item in series if item.band is not None and item.rank < MOST_COLOURED]
         length = room_for([item.name for item in drawn])
-        room = max(length, len(f"goal {number(goal)}") if goal is not None else 0)
+        room = max(length, 0 if goal is None else len(f"goal {goal.text}"))
+        value = None if goal is None else goal.value
 
         def draw(figure: Any, axes: Any) -> None:
-            draw_losses(axes, series, self.paint, against, goal=goal)
+            draw_curves(axes, series, self.paint, against, measure=measure, goal=value)
             named = series if length else []
             label_ends(figure, axes, named, self.paint, against, most=MOST_COLOURED, length=length, goal=goal)
 
-        ends = [f"{item.label} {number(item.band.middle[-1])}" for item in series if item.band is not None]
-        label = f"Validation loss against {words}. Medians at the end: {', '.join(ends) or 'no run finished'}."
-        return self.figure(draw, label, room=room)
+        ends = [f"{item.label} {measure.text(item.band.middle[-1])}" for item in series if item.band is not None]
+        found = f"Medians at the end: {', '.join(ends) or 'no run finished'}."
+        return self.figure(draw, f"Validation {measure.label} against {words}. {found}", room=room)
 
     def figure(self, draw: Callable[[Any, Any], None], label: str, *, room: int = 0) -> Markup:
         """Draw a figure of the page.

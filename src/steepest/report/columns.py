@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from steepest.report.summary import OptimizerSummary, Spread, TaskSummary, best_rows
-from steepest.report.words import memory, number
+from steepest.report.summary import OptimizerSummary, Spread, TaskSummary, best_rows, metric_key
+from steepest.report.words import memory, number, score
 
-__all__ = ["FULL", "Column", "Value", "columns", "ending", "value_of"]
+__all__ = ["FULL", "Column", "Value", "columns", "ending", "metric_text", "value_of"]
 
 # Tables come in three widths; a column of detail 1 or 2 is left out of the narrower ones.
 FULL = 2
@@ -54,11 +54,14 @@ def columns(summary: TaskSummary, detail: int = FULL) -> list[Column]:
     Returns:
         The columns.
     """
-    metric = Column("metric", f"test {summary.metric_label}", _four_digits, higher=summary.metric_higher)
+    metrics = [
+        Column(metric_key(place, metric), f"test {metric.label}", metric_text, higher=metric.higher_is_better)
+        for place, metric in enumerate(summary.metrics)
+    ]
     every = [
         Column("val_loss", "val loss"),
         Column("test_loss", "test loss", detail=1),
-        *([metric] if summary.metric is not None else []),
+        *metrics,
         Column("seconds", "seconds"),
         Column("ms_per_step", "ms/step", spread=False, detail=1),
         Column("steps", "steps", lambda mean: f"{mean:.0f}", marked=False, spread=False, detail=1),
@@ -81,7 +84,7 @@ def value_of(summary: TaskSummary, row: OptimizerSummary, column: Column) -> Val
     spread = row.numbers.get(column.key)
     if spread is None:
         return Value("-")
-    return Value(_mean(spread, column), _deviation(spread, column), column.marked and _is_best(summary, row, column))
+    return Value(column.show(spread.mean), _deviation(spread, column), column.marked and _is_best(summary, row, column))
 
 
 def _is_best(summary: TaskSummary, row: OptimizerSummary, column: Column) -> bool:
@@ -90,21 +93,22 @@ def _is_best(summary: TaskSummary, row: OptimizerSummary, column: Column) -> boo
     return row in best and len(best) < sum(column.key in other.numbers for other in summary.rows)
 
 
-def _mean(spread: Spread, column: Column) -> str:
-    # An R2 within 1e-4 of 1 says nothing at four digits: show how far from 1 it is.
-    if column.key == "metric" and 0.9999 < spread.mean < 1.0:
-        return f"1 - {number(1 - spread.mean, 2)}"
-    return column.show(spread.mean)
-
-
 def _deviation(spread: Spread, column: Column) -> str:
     if spread.std is None or not column.spread:
         return ""
     return number(spread.std, 2)
 
 
-def _four_digits(mean: float) -> str:
-    return f"{mean:.4f}"
+def metric_text(mean: float) -> str:
+    """A metric with four digits after the point.
+
+    Args:
+        mean: The number.
+
+    Returns:
+        The text.
+    """
+    return score(mean, "{:.4f}".format)
 
 
 def ending(row: OptimizerSummary) -> str:

@@ -1,11 +1,12 @@
 """The runs of a row as lines: median and range of the finished ones, and those that did not finish."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from steepest.report.groups import Cell, Row
+from steepest.report.measure import LOSS, Measure
 from steepest.report.palette import Look, looks
 from steepest.training.records import EpochPoint
 
@@ -33,7 +34,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Lost:
-    """Validation loss of a run that did not finish, as far as it was finite."""
+    """Validation loss or metric of a run that did not finish, as far as it was finite."""
 
     epochs: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -61,11 +62,14 @@ class Series:
     rank: int
 
 
-def series_of(cell: Cell) -> list[Series]:
-    """What a plot of the validation loss shows.
+def series_of(cell: Cell, measure: Measure = LOSS) -> list[Series]:
+    """What a plot of the validation loss, or of a metric on the validation split, shows.
+
+    Ranks are by loss in both, so that the plots of a cell share one legend.
 
     Args:
         cell: Runs that may be compared.
+        measure: What is plotted.
 
     Returns:
         One series per row.
@@ -77,8 +81,9 @@ def series_of(cell: Cell) -> list[Series]:
         runs, done = len(row.records), len(row.finished)
         label = row.label if done in {0, runs} else f"{row.label} ({done} of {runs} runs)"
         histories = [record.history for record in row.finished if record.history]
-        lost = tuple(part for record in row.unfinished if (part := _lost(record.history)) is not None)
-        found.append(Series(row.label, label, look, band(histories), lost, order.index(place)))
+        lost = tuple(part for record in row.unfinished if (part := _lost(record.history, measure)) is not None)
+        middle = band(histories, measure.of, worst=measure.worst)
+        found.append(Series(row.label, label, look, middle, lost, order.index(place)))
     return found
 
 
@@ -88,29 +93,36 @@ def _final(row: Row) -> float:
     return sum(present) / len(present) if present else math.inf
 
 
-def band(histories: Sequence[Sequence[EpochPoint]], number: str | None = None) -> Band | None:
+def band(
+    histories: Sequence[Sequence[EpochPoint]],
+    read: Callable[[EpochPoint], float | None] = LOSS.of,
+    *,
+    worst: float = math.inf,
+) -> Band | None:
     """Join runs; points that not every run reached are left out.
 
     Args:
         histories: Points of each run.
-        number: Name of a diagnostic; None takes the validation loss.
+        read: The number of a point; None where it is not finite.
+        worst: What such a point counts as: leaving it out would flatter the median.
 
     Returns:
         The band, or None if no point has the number.
     """
     rows = []
     for points in zip(*histories, strict=False):
-        values = [point.val_loss if number is None else point.diagnostics.get(number) for point in points]
+        values = [read(point) for point in points]
         present = [value for value in values if value is not None]
         if present:
-            # A run that is not finite counts as infinitely high: leaving it out would flatter the median.
-            middle = median(math.inf if value is None else value for value in values)
+            middle = median(worst if value is None else value for value in values)
             shown = middle if math.isfinite(middle) else math.nan
             seconds = median(point.seconds for point in points)
             rows.append((float(points[0].epoch), seconds, shown, min(present), max(present)))
     return Band(*zip(*rows, strict=True)) if rows else None
 
 
-def _lost(history: Sequence[EpochPoint]) -> Lost | None:
-    points = [(float(point.epoch), point.seconds, point.val_loss) for point in history if point.val_loss is not None]
+def _lost(history: Sequence[EpochPoint], measure: Measure) -> Lost | None:
+    points = [
+        (float(point.epoch), point.seconds, value) for point in history if (value := measure.of(point)) is not None
+    ]
     return Lost(*zip(*points, strict=True)) if points else None

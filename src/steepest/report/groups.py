@@ -9,7 +9,7 @@ from steepest.report.words import flat_options, short
 from steepest.training.records import Problem, RunRecord
 from steepest.training.registry import optimizers
 
-__all__ = ["Cell", "Row", "group", "label_of"]
+__all__ = ["Cell", "Row", "Study", "group", "label_of", "studies"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,28 @@ class Cell:
         return f"{self.task} ({self.variant})" if self.variant else self.task
 
 
+@dataclass(frozen=True)
+class Study:
+    """Cells that differ in nothing but the batch size: they may be compared across it.
+
+    Attributes:
+        task: Name of the task.
+        variant: What tells it from other studies of the task, empty if it is the only one.
+        stem: Name for its files.
+        cells: By batch size.
+    """
+
+    task: str
+    variant: str
+    stem: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes, in the order of the cells."""
+        return tuple(cell.records[0].batch_size for cell in self.cells)
+
+
 # Everything that must be equal, in the words of a heading.
 _CONDITIONS: Mapping[str, Callable[[RunRecord], object]] = {
     "data": lambda record: record.problem.description,
@@ -124,13 +146,50 @@ def _conditions(record: RunRecord) -> dict[str, object]:
 def _cell(runs: Sequence[RunRecord], cells: Sequence[Sequence[RunRecord]]) -> Cell:
     first = runs[0]
     rivals = [other for other in cells if other[0].task == first.task]
-    conditions, mine = [_conditions(other[0]) for other in rivals], _conditions(first)
-    differing = [name for name in mine if len({str(other[name]) for other in conditions}) > 1]
-    variant = ", ".join(f"{name} {_value(mine[name])}" for name in differing)
-    stem = re.sub(r"[^\w.-]+", "_", first.task).strip(".") or "task"
+    variant = _variant(first, [other[0] for other in rivals])
+    stem = _stem(first.task)
     if len(rivals) > 1:
         stem += f"-{next(place for place, other in enumerate(rivals, start=1) if other is runs)}"
     return Cell(first.task, variant, stem, first.problem, _rows(runs))
+
+
+def studies(cells: Sequence[Cell]) -> list[Study]:
+    """Find what can be compared across batch sizes.
+
+    Args:
+        cells: Cells of one comparison or of several.
+
+    Returns:
+        One study for every two or more cells that differ in their batch sizes alone, in the order of the cells.
+    """
+    found: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in cells:
+        first = cell.records[0]
+        same = [value for name, value in _conditions(first).items() if name != "batch"]
+        found.setdefault((cell.task, cell.problem, *same), []).append(cell)
+    families = [family for family in found.values() if len(family) > 1]
+    return [_study(family, families) for family in families]
+
+
+def _study(family: Sequence[Cell], families: Sequence[Sequence[Cell]]) -> Study:
+    first, ordered = family[0], sorted(family, key=lambda cell: cell.records[0].batch_size)
+    rivals = [other for other in families if other[0].task == first.task]
+    variant = _variant(first.records[0], [other[0].records[0] for other in rivals], leaving_out="batch")
+    stem = f"{_stem(first.task)}-batch_sizes"
+    if len(rivals) > 1:
+        stem += f"-{next(place for place, other in enumerate(rivals, start=1) if other is family)}"
+    return Study(first.task, variant, stem, tuple(ordered))
+
+
+def _variant(mine: RunRecord, rivals: Sequence[RunRecord], *, leaving_out: str = "") -> str:
+    """The conditions in which a cell differs from others of its task."""
+    conditions, own = [_conditions(rival) for rival in rivals], _conditions(mine)
+    differing = [name for name in own if len({str(other[name]) for other in conditions}) > 1 and name != leaving_out]
+    return ", ".join(f"{name} {_value(own[name])}" for name in differing)
+
+
+def _stem(task: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", task).strip(".") or "task"
 
 
 def _value(value: object) -> str:

@@ -1,7 +1,7 @@
 """The report: one HTML file that needs nothing but itself."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from importlib.resources import files
@@ -12,10 +12,13 @@ from markupsafe import Markup, escape
 
 from steepest.report.charts import Charts
 from steepest.report.grids import environment_grid, overview_grid
-from steepest.report.groups import Cell, group
+from steepest.report.groups import Cell, group, studies
+from steepest.report.measure import Goals
 from steepest.report.palette import DARK, LIGHT, Paper
 from steepest.report.style import PagePaint
 from steepest.report.summary import summarise_cell
+from steepest.report.sweep import sweep_of
+from steepest.report.sweep_view import SweepSection, sweep_section
 from steepest.report.view import section
 from steepest.report.words import count, listing
 from steepest.training.files import write_atomically
@@ -27,21 +30,19 @@ __all__ = ["render_report", "write_report"]
 _UNBROKEN = re.compile(r"[\d.]+(?:e-\d+)? (?:s\b|%)|[\d.]+e-\d+|--[\w-]+")
 
 
-def render_report(
-    records: Sequence[RunRecord], *, title: str | None = None, goals: Mapping[str, float] | None = None
-) -> str:
+def render_report(records: Sequence[RunRecord], *, title: str | None = None, goals: Goals | None = None) -> str:
     """Make the page.
 
     Args:
         records: Runs of one comparison, of several, or a single one.
         title: Heading of the page; None makes one from the records.
-        goals: Validation loss to reach, by task.
+        goals: What is timed; None for the default goals.
 
     Returns:
         HTML; the same records give the same text.
     """
     cells = group(records)
-    summaries = [summarise_cell(cell, (goals or {}).get(cell.task)) for cell in cells]
+    summaries = [summarise_cell(cell, goals) for cell in cells]
     charts = Charts()
     sections = [
         section(cell, summary, place, charts)
@@ -53,6 +54,7 @@ def render_report(
         lead=_lead(records, cells),
         overview=overview_grid(summaries, [cell.title for cell in cells]) if len(cells) > 1 else None,
         sections=sections,
+        sweeps=_sweeps(cells, goals, charts),
         environment=environment_grid(environments),
         environments_differ=any(environment != environments[0] for environment in environments),
         memory_kinds=list(dict.fromkeys(record.memory_kind for record in records)),
@@ -67,7 +69,7 @@ def write_report(
     path: Path,
     *,
     title: str | None = None,
-    goals: Mapping[str, float] | None = None,
+    goals: Goals | None = None,
 ) -> Path:
     """Write the page, so that the file is either complete or as it was.
 
@@ -75,7 +77,7 @@ def write_report(
         records: Runs of one comparison, of several, or a single one.
         path: Where to; its folder is made when missing.
         title: Heading of the page; None makes one from the records.
-        goals: Validation loss to reach, by task.
+        goals: What is timed; None for the default goals.
 
     Returns:
         The path.
@@ -84,6 +86,15 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
     return path
+
+
+def _sweeps(cells: Sequence[Cell], goals: Goals | None, charts: Charts) -> dict[str, SweepSection]:
+    """Sections about batch sizes, by the section that each stands before: the first of its own."""
+    found = {}
+    for place, study in enumerate(studies(cells), start=1):
+        first = 1 + min(cells.index(cell) for cell in study.cells)
+        found[f"section-{first}"] = sweep_section(sweep_of(study, goals or Goals()), place, charts)
+    return found
 
 
 @cache

@@ -12,7 +12,7 @@ from steepest.report.spectra import rank_figure, spectra_of, spectrum_figure
 from steepest.report.words import listing, number
 from steepest.training.records import EpochPoint
 
-__all__ = ["Inside", "inside"]
+__all__ = ["PROJECTION", "Inside", "inside"]
 
 # Spectra are drawn one by one: of a grid of twenty learning rates a few are enough.
 _MOST_SPECTRA = 4
@@ -25,7 +25,7 @@ _SPECTRUM = (
     "directions then carry most of what the batch has to say."
 )
 
-_PROJECTION = (
+PROJECTION = (
     "r is the squared cosine of a batch's mean gradient and what its halves disagree about, in the inverse metric and "
     "averaged over the layers: the corrected gradient is sqrt(1 + 3 r) times as long as the mean's."
 )
@@ -107,7 +107,7 @@ def _about_projections(rows: Sequence[Row]) -> list[str]:
         return []
     found = [(row.label, median(_numbers(row, "r"))) for row in rows]
     ends = [f"{label} {r:.2g}, {(1 + 3 * r) ** 0.5:.2f} times as long" for label, r in found]
-    return [f"{_PROJECTION} Median over the epochs: {listing(ends)}."]
+    return [f"{PROJECTION} Median over the epochs: {listing(ends)}."]
 
 
 def _numbers(row: Row, name: str) -> list[float]:

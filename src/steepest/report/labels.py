@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from steepest.report.curves import Band, Series
+from steepest.report.goal import Target
 from steepest.report.style import Paint
-from steepest.report.words import number
 
 __all__ = ["label_ends", "shortened", "spread_positions"]
 
@@ -20,14 +20,19 @@ class _Label:
     weight: str = "bold"
 
 
-def spread_positions(wanted: Sequence[float], *, gap: float) -> list[float]:
+def spread_positions(
+    wanted: Sequence[float], *, gap: float, low: float = -math.inf, top: float = math.inf
+) -> list[float]:
     """Move positions apart until neighbours are at least `gap` from each other.
 
-    Labels that are too close form a group that is centred on the mean of what its members wanted.
+    Labels that are too close form a group that is centred on the mean of what its members wanted, or stands at the
+    bottom or hangs from the top where it would reach beyond them.
 
     Args:
         wanted: Where each label would like to be.
         gap: Smallest distance between two labels.
+        low: Lowest position allowed, as long as there is room above it.
+        top: Highest position allowed.
 
     Returns:
         Where each goes, in the order given.
@@ -55,6 +60,12 @@ def spread_positions(wanted: Sequence[float], *, gap: float) -> list[float]:
     for group in groups:
         for rank, index in enumerate(group):
             places[index] = middle(group) + gap * (rank - (len(group) - 1) / 2)
+    for index in sorted(order, key=lambda index: places[index]):
+        places[index] = max(places[index], low)
+        low = places[index] + gap
+    for index in sorted(order, key=lambda index: -places[index]):
+        places[index] = min(places[index], top)
+        top = places[index] - gap
     return places
 
 
@@ -84,7 +95,7 @@ def label_ends(
     *,
     most: int,
     length: int,
-    goal: float | None = None,
+    goal: Target | None = None,
 ) -> None:
     """Name each line at its right end, moved apart where ends are close, with a thin line to the end.
 
@@ -96,7 +107,7 @@ def label_ends(
         against: What the horizontal axis is.
         most: How many of the best are named.
         length: Most characters of a label.
-        goal: Where a line across the axes is named "goal".
+        goal: What the line across the axes is named after.
     """
     ends = [
         (_Label(_named(item, length), paint.text(item.look), paint.line(item.look)), *_end(item.band, against))
@@ -104,13 +115,14 @@ def label_ends(
         if item.band is not None and item.rank < most and math.isfinite(item.band.middle[-1])
     ]
     low, high = axes.get_ylim()
-    if goal is not None and low <= goal <= high:
-        ends.append((_Label(f"goal {number(goal)}", paint.muted, paint.muted, "normal"), axes.get_xlim()[1], goal))
+    if goal is not None and low <= goal.value <= high:
+        label = _Label(f"goal {goal.text}", paint.muted, paint.muted, "normal")
+        ends.append((label, axes.get_xlim()[1], goal.value))
     figure.canvas.draw()
     box = axes.get_window_extent()
     wanted = [(axes.transData.transform((x, y))[1] - box.y0) / box.height for _, x, y in ends]
     gap = 1.35 * _text_size(axes) * figure.dpi / 72 / box.height
-    for (label, x, y), place in zip(ends, spread_positions(wanted, gap=gap), strict=True):
+    for (label, x, y), place in zip(ends, spread_positions(wanted, gap=gap, low=0.0, top=1.0), strict=True):
         axes.annotate(
             label.text,
             xy=(x, y),

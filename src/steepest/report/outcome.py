@@ -1,13 +1,17 @@
-"""What runs leave in their folder: the report, a summary as JSON and Markdown, one plot per task."""
+"""What runs leave in their folder: the report, a summary as JSON and Markdown, plots of every task."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from steepest.report.groups import group
 from steepest.report.html import write_report
-from steepest.report.plot import save_loss_plot
-from steepest.report.summary import summarise
+from steepest.report.measure import Goals
+from steepest.report.plot import save_plots
+from steepest.report.summary import summarise_cell
+from steepest.report.sweep import sweeps_of
+from steepest.report.sweep_charts import save_sweep_plots
+from steepest.report.sweep_table import sweep_json, sweep_markdown
 from steepest.report.table import markdown_table, summary_json
 from steepest.training.files import write_atomically
 from steepest.training.records import RunRecord
@@ -21,7 +25,7 @@ def write_outcome(
     *,
     subtitle: str,
     title: str | None = None,
-    goals: Mapping[str, float] | None = None,
+    goals: Goals | None = None,
 ) -> dict[str, list[Path]]:
     """Write report, summary and plots.
 
@@ -30,21 +34,31 @@ def write_outcome(
         folder: Their folder.
         subtitle: How the runs were made, for the plots.
         title: Heading of the report; None makes one from the records.
-        goals: Validation loss to reach, by task.
+        goals: What is timed; None for the default goals.
 
     Returns:
         The files, under "report", "summary" and "plots".
     """
-    summaries = summarise(records, goals)
+    cells = group(records)
+    summaries, sweeps = [summarise_cell(cell, goals) for cell in cells], sweeps_of(cells, goals)
     folder.mkdir(parents=True, exist_ok=True)
     titles = [f"{summary.task} ({summary.variant})" if summary.variant else summary.task for summary in summaries]
     tables = [f"## {name}\n\n{markdown_table(summary)}\n" for name, summary in zip(titles, summaries, strict=True)]
+    tables += [sweep_markdown(sweep) for sweep in sweeps]
     contents = {
-        folder / "summary.json": json.dumps({"schema": 2, "tasks": summary_json(summaries)}, indent=1) + "\n",
+        folder / "summary.json": json.dumps(
+            {"schema": 2, "tasks": summary_json(summaries), "sweeps": sweep_json(sweeps)}, indent=1
+        )
+        + "\n",
         folder / "summary.md": "\n".join(tables),
     }
     for path, content in contents.items():
         write_atomically(path, content)
-    plots = [path for cell in group(records) for path in save_loss_plot(cell, folder / "plots", subtitle=subtitle)]
+    plots = [
+        path
+        for cell, summary in zip(cells, summaries, strict=True)
+        for path in save_plots(cell, folder / "plots", goal=summary.goal, subtitle=subtitle)
+    ]
+    plots += [path for sweep in sweeps for path in save_sweep_plots(sweep, folder / "plots", subtitle=subtitle)]
     report = write_report(records, folder / "report.html", title=title, goals=goals)
     return {"report": [report], "summary": list(contents), "plots": plots}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from steepest.report.groups import Row
 from steepest.training.registry import optimizers
 
-__all__ = ["DARK", "LIGHT", "OTHERS", "Look", "Paper", "colour_of", "contrast", "looks", "readable"]
+__all__ = ["DARK", "LIGHT", "OTHERS", "Look", "Paper", "colour_of", "contrast", "looks", "looks_of", "readable"]
 
 # Tones that stay apart from each other and from the registry's, for rows without a colour of their own.
 OTHERS = ("#56B4E9", "#E69F00", "#882255", "#44AA99", "#999933", "#6A51C4", "#AA4466", "#117733", "#8C564B", "#6699CC")
@@ -71,23 +71,35 @@ def colour_of(optimizer: str) -> str:
 def looks(rows: Sequence[Row]) -> list[Look]:
     """Colour and dashes of every row.
 
-    The first row of an optimizer has the optimizer's colour and a solid line. Its other rows take colours that
-    are free, and dashes, so that they can be told apart without colours too.
-
     Args:
         rows: Rows of one plot.
 
     Returns:
         One look per row.
     """
-    own = {row.optimizer: colour_of(row.optimizer) for row in rows}
+    return looks_of([row.optimizer for row in rows])
+
+
+def looks_of(names: Sequence[str]) -> list[Look]:
+    """Colour and dashes of rows that are known by their optimizers.
+
+    The first row of an optimizer has the optimizer's colour and a solid line. Its other rows take colours that
+    are free, and dashes, so that they can be told apart without colours too.
+
+    Args:
+        names: The optimizer of every row.
+
+    Returns:
+        One look per row.
+    """
+    own = {name: colour_of(name) for name in names}
     free = [colour for colour in OTHERS if colour not in own.values()] or list(OTHERS)
     seen: dict[str, int] = {}
     found, taken = [], 0
-    for row in rows:
-        again = seen.get(row.optimizer, 0)
-        seen[row.optimizer] = again + 1
-        found.append(Look(free[taken % len(free)] if again else own[row.optimizer], DASHES[again % len(DASHES)]))
+    for name in names:
+        again = seen.get(name, 0)
+        seen[name] = again + 1
+        found.append(Look(free[taken % len(free)] if again else own[name], DASHES[again % len(DASHES)]))
         taken += again > 0
     return found
 

@@ -1,20 +1,24 @@
-"""Validation loss against epochs or seconds: how it is drawn, and as files of its own."""
+"""Validation loss or metric against epochs or seconds: how it is drawn, and as files of its own."""
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steepest.report.axis import count_epochs, fit_axis, scale_of
+from steepest.report.axis import Scale, count_epochs, fit_axis, scale_of
 from steepest.report.curves import Lost, Series, series_of
+from steepest.report.goal import Goal
 from steepest.report.groups import Cell
 from steepest.report.labels import label_ends
+from steepest.report.measure import LOSS, Measure
 from steepest.report.style import FilePaint, Paint, file_style
 from steepest.training.files import write_atomically
 
-__all__ = ["MOST_COLOURED", "Against", "draw_losses", "save_loss_plot"]
+__all__ = ["MOST_COLOURED", "Against", "draw_curves", "file_axes", "longest_label", "save_figure", "save_plots"]
 
 Against = Literal["epochs", "seconds"]
 # More lines than this in colours of their own cannot be told apart: the others are drawn in grey.
@@ -29,14 +33,17 @@ class _Pen:
     paint: Paint
     against: Against
     width: float
+    scale: Scale
+    higher_is_better: bool
 
 
-def draw_losses(
+def draw_curves(
     axes: Any,
     series: Sequence[Series],
     paint: Paint,
     against: Against,
     *,
+    measure: Measure = LOSS,
     goal: float | None = None,
     width: float = 2.0,
 ) -> None:
@@ -47,15 +54,20 @@ def draw_losses(
         series: What to draw.
         paint: In which colours.
         against: What the horizontal axis is.
-        goal: Validation loss to reach.
+        measure: What the vertical axis is.
+        goal: Value of it to reach.
         width: Width of the lines.
     """
-    pen = _Pen(axes, paint, against, width)
     spans = [span for item in series if item.band for span in (item.band.low, item.band.high)]
     shown = spans or [lost.values for item in series for lost in item.lost]
-    scale = scale_of([value for values in shown for value in values])
+    # What is better when higher is a share or a ratio: on a logarithmic axis its good values would lie on each other,
+    # and its goal, unlike a loss's, is never too far away to be shown.
+    higher = measure.higher_is_better
+    aims = [goal] if higher and goal is not None else []
+    scale = scale_of([value for values in (*shown, aims) for value in values], may_log=not higher)
+    pen = _Pen(axes, paint, against, width, scale, higher)
     for item in sorted(series, key=lambda item: -item.rank):
-        _draw(pen, item, scale.top)
+        _draw(pen, item)
     if goal is not None and scale.low <= goal <= scale.top:
         axes.axhline(goal, color=paint.muted, linewidth=0.9, dashes=(5, 4), zorder=1.5)
     fit_axis(axes, scale)
@@ -66,7 +78,8 @@ def draw_losses(
     else:
         axes.set_xlabel("seconds of training (evaluation not counted)")
     if not any(math.isfinite(value) for values in shown for value in values):
-        axes.text(0.5, 0.5, "no finite loss was recorded", transform=axes.transAxes, ha="center", color=paint.muted)
+        words = f"no finite {measure.label} was recorded"
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=paint.muted)
 
 
 def _reach(series: Sequence[Series], against: Against) -> float:
@@ -75,7 +88,7 @@ def _reach(series: Sequence[Series], against: Against) -> float:
     return 1.04 * max((getattr(line, against)[-1] for line in lines), default=0.0)
 
 
-def _draw(pen: _Pen, item: Series, top: float) -> None:
+def _draw(pen: _Pen, item: Series) -> None:
     coloured = item.rank < MOST_COLOURED
     colour = pen.paint.line(item.look) if coloured else pen.paint.grid
     width = pen.width if coloured else pen.width * 0.6
@@ -88,47 +101,100 @@ def _draw(pen: _Pen, item: Series, top: float) -> None:
         if coloured:
             pen.axes.plot(x[-1], item.band.middle[-1], "o", color=colour, markersize=2.4 * width, clip_on=False)
     for lost in item.lost:
-        _draw_lost(pen, lost, colour, top)
+        _draw_lost(pen, lost, colour)
 
 
-def _draw_lost(pen: _Pen, lost: Lost, colour: str, top: float) -> None:
-    """A dotted line up to the edge of the plot or the last finite loss, and a cross there."""
-    over = next((place for place, value in enumerate(lost.values) if value > top), len(lost.values) - 1)
+def _draw_lost(pen: _Pen, lost: Lost, colour: str) -> None:
+    """A dotted line up to the bad edge of the plot or the last finite value, and a cross there."""
+    low, top = pen.scale.low, pen.scale.top
+    beyond = [value < low if pen.higher_is_better else value > top for value in lost.values]
+    over = beyond.index(True) if any(beyond) else len(beyond) - 1
     x = getattr(lost, pen.against)[: over + 1]
-    y = [min(value, top) for value in lost.values[: over + 1]]
+    y = [max(value, low) if pen.higher_is_better else min(value, top) for value in lost.values[: over + 1]]
     pen.axes.plot(x, y, color=colour, linewidth=0.6 * pen.width, linestyle=":", zorder=1.8)
     pen.axes.plot(x[-1], y[-1], "x", color=colour, markersize=3 * pen.width, clip_on=False, zorder=3)
 
 
-def save_loss_plot(cell: Cell, folder: Path, *, subtitle: str = "") -> list[Path]:
-    """Draw the loss against seconds and save it as SVG and PNG.
+def save_plots(cell: Cell, folder: Path, *, goal: Goal | None = None, subtitle: str = "") -> list[Path]:
+    """Draw the loss, and the metric that a goal is a value of, against seconds, and save them as SVG and PNG.
 
     Args:
         cell: Runs that may be compared.
         folder: Where to, made when missing.
+        goal: Who reached what when.
         subtitle: Line under the title.
 
     Returns:
         The files.
     """
+    files = _save_curves(cell, folder / cell.stem, None, subtitle)
+    if goal is not None and goal.measure != LOSS:
+        place = folder / f"{cell.stem}-{re.sub(r'[^A-Za-z0-9_]+', '_', goal.metric)}"
+        files += _save_curves(cell, place, goal, subtitle)
+    return files
+
+
+def _save_curves(cell: Cell, place: Path, goal: Goal | None, subtitle: str) -> list[Path]:
+    measure, value = (LOSS, None) if goal is None else (goal.measure, goal.value)
+    what = f"validation {cell.problem.loss}" if measure == LOSS else measure.words
+    series = series_of(cell, measure)
+    longest = longest_label([item.label for item in series[:MOST_COLOURED]] + ([f"goal {goal.text}"] if goal else []))
+    with file_axes(f"{cell.title}: {what}", subtitle, longest) as (figure, axes):
+        draw_curves(axes, series, FilePaint(), "seconds", measure=measure, goal=value, width=2.2)
+        label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED, length=longest, goal=goal)
+        return save_figure(figure, place)
+
+
+def longest_label(labels: Sequence[str]) -> int:
+    """Characters to leave room for beside the lines of a plot in a file.
+
+    Args:
+        labels: What should stand there.
+
+    Returns:
+        The longest length, and at most that of the longest label allowed.
+    """
+    return max((min(len(label), _LONGEST_LABEL) for label in labels), default=0)
+
+
+@contextmanager
+def file_axes(title: str, subtitle: str, longest: int) -> Iterator[tuple[Any, Any]]:
+    """A figure for a file of its own.
+
+    Args:
+        title: Its heading.
+        subtitle: Line under that.
+        longest: Characters to leave room for beside the lines.
+
+    Yields:
+        The figure and its axes.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(file_style()):
         figure = Figure(figsize=(8.0, 4.8))
         FigureCanvasAgg(figure)
-        series = series_of(cell)
-        longest = max((min(len(item.label), _LONGEST_LABEL) for item in series[:MOST_COLOURED]), default=0)
-        axes = figure.add_axes((0.09, 0.12, 0.87 - _LETTER * longest, 0.70))
-        draw_losses(axes, series, FilePaint(), "seconds", width=2.2)
-        figure.text(0.025, 0.945, f"{cell.title}: validation {cell.problem.loss}", fontsize=14, fontweight="bold")
+        figure.text(0.025, 0.945, title, fontsize=14, fontweight="bold")
         figure.text(0.025, 0.885, subtitle, fontsize=10, color=FilePaint.muted)
-        label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED, length=longest)
-        # Drawn into memory first: a full disk or a kill then leaves no half-written picture.
-        kinds: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}
-        return [_save(figure.savefig, folder / f"{cell.stem}.{kind}", options) for kind, options in kinds.items()]
+        yield figure, figure.add_axes((0.09, 0.12, 0.855 - _LETTER * longest, 0.70))
+
+
+def save_figure(figure: Any, place: Path) -> list[Path]:
+    """Save a figure as SVG and PNG.
+
+    Args:
+        figure: Matplotlib figure.
+        place: Path of the files without their endings; the folder is made when missing.
+
+    Returns:
+        The files.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Drawn into memory first: a full disk or a kill then leaves no half-written picture.
+    kinds: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 150}}
+    return [_save(figure.savefig, place.with_name(f"{place.name}.{kind}"), options) for kind, options in kinds.items()]
 
 
 def _save(save: Callable[..., None], path: Path, options: dict[str, Any]) -> Path:

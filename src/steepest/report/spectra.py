@@ -31,7 +31,7 @@ def rank_figure(charts: Charts, rows: Sequence[tuple[Row, Look]]) -> Figure:
         The figure.
     """
     series = [
-        Series(row.label, row.label, look, band(_diagnosed(row), "rank"), (), place)
+        Series(row.label, row.label, look, band(_diagnosed(row), _rank), (), place)
         for place, (row, look) in enumerate(rows)
     ]
     conditions = [point.diagnostics.get("rows") for row, _ in rows for run in _diagnosed(row) for point in run]
@@ -46,6 +46,10 @@ def rank_figure(charts: Charts, rows: Sequence[tuple[Row, Look]]) -> Figure:
     ends = [f"{item.label} {item.band.middle[-1]:g}" for item in series if item.band is not None]
     svg = charts.figure(draw, f"Kept rank against epochs. At the end: {', '.join(ends)}.", room=room)
     return Figure("Directions that a step uses (kept rank)", svg)
+
+
+def _rank(point: EpochPoint) -> float | None:
+    return point.diagnostics.get("rank")
 
 
 def _draw_ranks(axes: Any, series: Sequence[Series], paint: Paint, most: float | None) -> None:

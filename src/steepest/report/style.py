@@ -14,6 +14,7 @@ class Paint:
     ink = "#333333"
     muted = "#555555"
     grid = "#dddddd"
+    paper = "#ffffff"
 
     def line(self, look: Look) -> str:
         """Colour of a row's line."""
@@ -48,6 +49,7 @@ class PagePaint(Paint):
     ink = "#010101"
     muted = "#010102"
     grid = "#010103"
+    paper = "#010104"
 
     def place(self, look: Look) -> int:
         """Number of a row's variable.
@@ -77,6 +79,7 @@ class PagePaint(Paint):
             CSS by stand-in.
         """
         found = {self.ink: "var(--ink)", self.muted: "var(--muted)", self.grid: "var(--rule)"}
+        found[self.paper] = "var(--paper)"
         for place in range(len(self.colours)):
             found[f"#0102{place:02x}"] = f"var(--series-{place})"
             found[f"#0103{place:02x}"] = f"var(--series-{place}-text)"

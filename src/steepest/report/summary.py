@@ -7,9 +7,19 @@ from statistics import fmean, stdev
 
 from steepest.report.goal import Goal, goal_of
 from steepest.report.groups import Cell, Row, group
-from steepest.training.records import RunRecord
+from steepest.report.measure import Goals, measure_of
+from steepest.training.records import MetricNote, RunRecord
 
-__all__ = ["OptimizerSummary", "Spread", "TaskSummary", "best_rows", "summarise", "summarise_cell"]
+__all__ = [
+    "OptimizerSummary",
+    "Spread",
+    "TaskSummary",
+    "best_rows",
+    "metric_key",
+    "spread_of",
+    "summarise",
+    "summarise_cell",
+]
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,10 @@ class TaskSummary:
         metric: Key of the main metric, None if the task has none.
         metric_label: Heading of the main metric.
         metric_higher: Whether higher is better.
+        metrics: All metrics, the main one first.
         loss_label: Name of the loss.
         rows: In the order of the comparison.
-        goal: Who reached which validation loss when, None if there was nothing to compare.
+        goal: Who reached which value when, None if there was nothing to compare.
     """
 
     task: str
@@ -74,6 +85,7 @@ class TaskSummary:
     metric: str | None
     metric_label: str
     metric_higher: bool
+    metrics: tuple[MetricNote, ...]
     loss_label: str
     rows: tuple[OptimizerSummary, ...]
     goal: Goal | None
@@ -89,30 +101,44 @@ _NUMBERS: Mapping[str, Callable[[RunRecord], float | None]] = {
 }
 
 
-def summarise(records: Sequence[RunRecord], goals: Mapping[str, float] | None = None) -> list[TaskSummary]:
+def metric_key(place: int, metric: MetricNote) -> str:
+    """Key of a metric on the test split among the numbers of a row.
+
+    Args:
+        place: Its place among the task's metrics; the first is the main one.
+        metric: The metric.
+
+    Returns:
+        The key.
+    """
+    return f"metric_{metric.name}" if place else "metric"
+
+
+def summarise(records: Sequence[RunRecord], goals: Goals | None = None) -> list[TaskSummary]:
     """Put records that may be compared beside each other.
 
     Args:
         records: Records of one comparison or of several.
-        goals: Validation loss to reach, by task.
+        goals: What is timed; None for the default goals.
 
     Returns:
         One summary per problem and conditions, in the order of the records.
     """
-    return [summarise_cell(cell, (goals or {}).get(cell.task)) for cell in group(records)]
+    return [summarise_cell(cell, goals) for cell in group(records)]
 
 
-def summarise_cell(cell: Cell, goal: float | None = None) -> TaskSummary:
+def summarise_cell(cell: Cell, goals: Goals | None = None) -> TaskSummary:
     """Summarise records that may be compared.
 
     Args:
         cell: The records.
-        goal: Validation loss to reach.
+        goals: What is timed; None for the default goals.
 
     Returns:
         The summary.
     """
     metric = next(iter(cell.problem.metrics), None)
+    goals = goals or Goals()
     return TaskSummary(
         task=cell.task,
         variant=cell.variant,
@@ -122,17 +148,18 @@ def summarise_cell(cell: Cell, goal: float | None = None) -> TaskSummary:
         metric=metric.name if metric else None,
         metric_label=metric.label if metric else "",
         metric_higher=metric.higher_is_better if metric else True,
+        metrics=cell.problem.metrics,
         loss_label=cell.problem.loss,
-        rows=tuple(_summarise_row(row, metric.name if metric else None) for row in cell.rows),
-        goal=goal_of(cell, goal),
+        rows=tuple(_summarise_row(row, cell.problem.metrics) for row in cell.rows),
+        goal=goal_of(cell, goals.values.get(cell.task), measure_of(cell.problem, goals.metric)),
     )
 
 
-def _summarise_row(row: Row, metric: str | None) -> OptimizerSummary:
-    numbers = {name: _spread([read(record) for record in row.finished]) for name, read in _NUMBERS.items()}
-    if metric is not None:
-        numbers["metric"] = _spread([
-            record.final.test_metrics.get(metric) if record.final else None for record in row.finished
+def _summarise_row(row: Row, metrics: Sequence[MetricNote]) -> OptimizerSummary:
+    numbers = {name: spread_of([read(record) for record in row.finished]) for name, read in _NUMBERS.items()}
+    for place, metric in enumerate(metrics):
+        numbers[metric_key(place, metric)] = spread_of([
+            record.final.test_metrics.get(metric.name) if record.final else None for record in row.finished
         ])
     return OptimizerSummary(
         optimizer=row.optimizer,
@@ -146,7 +173,15 @@ def _summarise_row(row: Row, metric: str | None) -> OptimizerSummary:
     )
 
 
-def _spread(values: Sequence[float | None]) -> Spread | None:
+def spread_of(values: Sequence[float | None]) -> Spread | None:
+    """Mean, deviation and range of what is there and finite.
+
+    Args:
+        values: The values.
+
+    Returns:
+        The spread, or None if nothing is there.
+    """
     present = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not present:
         return None

@@ -1,5 +1,6 @@
 """Summaries to tables on the terminal, to Markdown and to JSON."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,9 +14,18 @@ from steepest.report.goal import Goal
 from steepest.report.summary import OptimizerSummary, TaskSummary
 from steepest.report.words import number, times
 
-__all__ = ["cells", "goal_table", "headings", "markdown_table", "print_task_table", "summary_json", "task_table"]
+__all__ = [
+    "cells",
+    "goal_table",
+    "headings",
+    "markdown_lines",
+    "markdown_table",
+    "print_task_table",
+    "summary_json",
+    "task_table",
+]
 
-_UNLIMITED = 1000
+_UNLIMITED, _FOLDED = 1000, 8
 
 
 def headings(summary: TaskSummary, *, detail: int = FULL) -> list[str]:
@@ -51,19 +61,21 @@ def _joined(value: Value) -> str:
     return f"{value.text} ± {value.detail}" if value.detail else value.text
 
 
-def task_table(summary: TaskSummary, *, detail: int = FULL) -> Table:
+def task_table(summary: TaskSummary, *, detail: int = FULL, fold: int = _UNLIMITED) -> Table:
     """Table of one task for the terminal; the best of each column is bold and starred.
 
     Args:
         summary: The task.
         detail: As in `headings`.
+        fold: Most characters on a line of a heading, unless a word is longer.
 
     Returns:
         A rich table; no text in it is read as markup.
     """
     table = Table(box=box.SIMPLE)
     for place, heading in enumerate(headings(summary, detail=detail)):
-        table.add_column(Text(heading), justify="right" if place else "left", no_wrap=True)
+        folded = textwrap.fill(heading, fold, break_long_words=False)
+        table.add_column(Text(folded), justify="right" if place else "left", no_wrap=True)
     for row in summary.rows:
         first, *middle, last = cells(summary, row, detail=detail)
         table.add_row(
@@ -108,8 +120,9 @@ def print_task_table(console: Console, summary: TaskSummary, *, title: str, capt
         caption: Line below.
     """
     unlimited = Console(width=_UNLIMITED)
-    for detail in range(FULL, -1, -1):
-        table = task_table(summary, detail=detail)
+    # As little detail as there is, and headings on several lines, are the last resort.
+    for detail, fold in ((2, _UNLIMITED), (1, _UNLIMITED), (0, _UNLIMITED), (0, _FOLDED)):
+        table = task_table(summary, detail=detail, fold=fold)
         width = unlimited.measure(table).maximum
         if width <= console.width or not console.is_terminal:
             break
@@ -127,8 +140,8 @@ def print_task_table(console: Console, summary: TaskSummary, *, title: str, capt
 
 def _goal_line(goal: Goal) -> str:
     return (
-        f"Goal: validation loss {number(goal.val_loss)}, {goal.origin}. Medians over the runs that reach it, "
-        "to within one epoch."
+        f"Goal: {goal.measure.words} {goal.text}, {goal.origin}. Medians over the runs that reach it, to within one "
+        "epoch."
     )
 
 
@@ -142,10 +155,21 @@ def markdown_table(summary: TaskSummary) -> str:
         Lines of text; the best of each column is bold.
     """
     names = headings(summary)
+    return markdown_lines(names, [cells(summary, row) for row in summary.rows])
+
+
+def markdown_lines(names: Sequence[str], rows: Sequence[Sequence[tuple[str, bool]]]) -> str:
+    """Any table in Markdown.
+
+    Args:
+        names: Headings.
+        rows: Text of each cell and whether it is the best of its column.
+
+    Returns:
+        Lines of text; the best of each column is bold.
+    """
     lines = [_markdown_line(names), f"|{'---|' * len(names)}"]
-    for row in summary.rows:
-        shown = [f"**{text}**" if best else text for text, best in cells(summary, row)]
-        lines.append(_markdown_line(shown))
+    lines += [_markdown_line([f"**{text}**" if best else text for text, best in row]) for row in rows]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from steepest.report.goal import Goal, Reach
+from steepest.report.measure import LOSS
 from steepest.report.summary import OptimizerSummary, Spread, TaskSummary, best_rows
 from steepest.report.words import count, listing, number, times
 
@@ -81,10 +82,12 @@ def _certainty(one: Spread, other: Spread) -> str:
 
 
 def _first_there(goal: Goal) -> str:
-    words = f"the goal of {number(goal.val_loss)}"
+    words = f"the goal of {goal.text}" + ("" if goal.measure == LOSS else f" {goal.measure.words}")
     most = max((row.reached for row in goal.rows), default=0)
     if most == 0:
         return f"No run reaches {words}."
+    if not any(row.seconds for row in goal.rows):
+        return f"The untrained model meets {words}, which so says nothing."
     first, *others = sorted((row for row in goal.rows if row.reached == most), key=_seconds)
     when = f"after {number(first.seconds)} s of training"
     part = "" if first.reached == first.attempted else f" in {first.reached} of {first.attempted} runs"

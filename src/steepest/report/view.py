@@ -1,9 +1,10 @@
 """Everything a report says, ready for the template."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steepest.report.charts import Charts, Figure
-from steepest.report.curves import series_of
+from steepest.report.curves import Series, series_of
 from steepest.report.grids import Grid, common_source, goal_grid, options_grid, result_grid, unfinished_grid
 from steepest.report.groups import Cell
 from steepest.report.inside import Inside, inside
@@ -12,7 +13,7 @@ from steepest.report.summary import TaskSummary
 from steepest.report.verdict import verdict
 from steepest.report.words import count, listing, number
 
-__all__ = ["Chip", "Section", "section"]
+__all__ = ["Chip", "Section", "chips", "section"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def section(cell: Cell, summary: TaskSummary, place: int, charts: Charts) -> Sec
         The section.
     """
     goal = summary.goal
-    figures = tuple(charts.losses(cell, None if goal is None else goal.val_loss))
+    figures = tuple(charts.curves(cell, goal))
     return Section(
         anchor=f"section-{place}",
         title=cell.task,
@@ -84,15 +85,26 @@ def section(cell: Cell, summary: TaskSummary, place: int, charts: Charts) -> Sec
 
 def _legend(cell: Cell, charts: Charts) -> tuple[Chip, ...]:
     series = series_of(cell)
-    if len(series) == 1 and not series[0].lost:
-        return ()
-    chips = [
+    return () if len(series) == 1 and not series[0].lost else chips(series, charts)
+
+
+def chips(series: Sequence[Series], charts: Charts) -> tuple[Chip, ...]:
+    """The legend of some lines.
+
+    Args:
+        series: What was drawn.
+        charts: What it was drawn by.
+
+    Returns:
+        One entry per coloured line, and one for all others.
+    """
+    coloured = [
         Chip(item.label, charts.paint.place(item.look), " ".join(f"{1.6 * part:g}" for part in item.look.dashes))
         for item in series
         if item.rank < MOST_COLOURED
     ]
-    grey = len(series) - len(chips)
-    return (*chips, *([Chip(count(grey, "other"), None, "")] if grey else []))
+    grey = len(series) - len(coloured)
+    return (*coloured, *([Chip(count(grey, "other"), None, "")] if grey else []))
 
 
 def _figure_note(cell: Cell, *, has_goal: bool) -> str:
@@ -112,9 +124,9 @@ def _goal_note(summary: TaskSummary) -> str:
     if goal is None:
         return ""
     return (
-        f"The goal is a validation loss of {number(goal.val_loss)}: {goal.origin}. Epochs and seconds are medians over "
-        "the runs that reach it, at the first evaluation at or below it. There is one evaluation per epoch, so they "
-        "are right to within one epoch."
+        f"The goal is a {goal.measure.words} of {goal.text}: {goal.origin}. Epochs and seconds are medians over the "
+        f"runs that reach it, at the first evaluation at or {'above' if goal.higher_is_better else 'below'} it. There "
+        "is one evaluation per epoch, so they are right to within one epoch."
     )
 
 

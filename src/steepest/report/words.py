@@ -1,12 +1,25 @@
 """Numbers, options and counts as people read them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["count", "flat_options", "listing", "memory", "number", "option_text", "options_text", "short", "times"]
+__all__ = [
+    "count",
+    "flat_options",
+    "listing",
+    "memory",
+    "number",
+    "option_text",
+    "options_text",
+    "score",
+    "short",
+    "times",
+]
 
 # Between the last two a whole number says it better than an exponent; below the first nobody counts zeros.
 _SMALL, _WHOLE, _LARGE = 1e-3, 1e3, 1e5
+# Above it, four digits of an R2 say nothing.
+_NEXT_TO_ONE = 0.9999
 _ZEROS_OF_EXPONENT = re.compile(r"e([+-])0*(\d)")
 
 
@@ -35,6 +48,23 @@ def number(value: float | None, digits: int = 3) -> str:
     else:
         text = f"{value:#.{digits}g}"
     return _ZEROS_OF_EXPONENT.sub(lambda match: f"e{match[1].strip('+')}{match[2]}", text).rstrip(".")
+
+
+def score(value: float, plain: Callable[[float], str] = number) -> str:
+    """A metric whose best value may be 1; next to that its distance says more than its digits.
+
+    Args:
+        value: The number.
+        plain: How it is shown elsewhere.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> [score(value) for value in (0.85, 1 - 2.5e-8, 31.5)]
+        ['0.850', '1 - 2.5e-8', '31.5']
+    """
+    return f"1 - {number(1 - value, 2)}" if _NEXT_TO_ONE < value < 1.0 else plain(value)
 
 
 def times(value: float) -> str:

@@ -174,8 +174,9 @@ class CompareSettings(Settings):
         seeds: Number of seeds: 0, 1, 2, ...
         tune: Learning rates to try for every optimizer; 0 for none; None tries 5 on tasks without stored ones.
         timeout: Wall-clock seconds after which a run is given up.
-        goal: Validation loss that the report times, one for all tasks or one for each; None takes what the
-            reference optimizer reaches.
+        goal: Value that the report times, one for all tasks or one for each; None takes what the reference optimizer
+            reaches.
+        goal_metric: Metric on the validation split that the goal is a value of; None for the validation loss.
     """
 
     tasks: tuple[str, ...] = ()
@@ -186,6 +187,7 @@ class CompareSettings(Settings):
     tune: int | None = None
     timeout: float | None = None
     goal: float | Mapping[str, float] | None = None
+    goal_metric: str | None = None
 
     def request(self) -> Request:
         """The comparison.
