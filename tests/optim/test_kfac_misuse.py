@@ -247,10 +247,10 @@ def test_an_output_without_components_has_no_distribution(output: str) -> None:
 
 @pytest.mark.parametrize("solver", [st.EigenbasisCorrected(), None], ids=["ekfac", "fop"])
 def test_single_samples_that_cannot_be_told_apart_are_refused_by_name(solver: Any) -> None:
-    """Sequences as long as the batch: factors need no single samples, the second moment of EKFAC and halves do."""
-    model, x = nn.Sequential(nn.Linear(2, 4)), torch.randn(3, 3, 2)
+    """Samples and positions in one dimension of the output: EKFAC's second moment and halves need single samples."""
+    model, x = nn.Sequential(nn.Flatten(0, 1), nn.Linear(2, 4)), torch.randn(3, 3, 2)
     opt = st.FOP(model, reduction="sum") if solver is None else st.KFAC(model, solver=solver, reduction="sum")
-    with pytest.raises(UnsupportedModelError, match=r"'0\.weight'.*cannot be told"):
+    with pytest.raises(UnsupportedModelError, match=r"'1\.weight'.*cannot be told"):
         model(x)
     opt.close()
     opt = st.KFAC(model, reduction="sum")

@@ -1,7 +1,7 @@
 """What the layers of a model see in an ordinary training loop, without a closure and without a second backward."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from steepest.engine.layout import Layout, candidates
 from steepest.engine.records import Record
 from steepest.engine.rules import COMPOSITE, RULES
+from steepest.engine.settle import settle
 from steepest.engine.tape import Slot, Tape, Use, function_name
 from steepest.errors import CaptureError, UnsupportedModelError
 
@@ -174,7 +175,8 @@ class Watch(Generic[_Note]):
         model: The model; only calls of the model itself are seen, not of its parts.
         params: The parameters to watch, weights and biases of Linear and convolution layers, by qualified name.
         is_due: Asked at every forward with gradients whether it is to be watched.
-        exact_rows: Refuse outputs whose samples cannot be told from their sizes alone.
+        exact_rows: Whether it matters which entries of an output belong to which sample. Where the sizes leave that
+            open, the first batch of a shape is differentiated twice more to find it out.
         on_forward: Called after a watched forward, before the caller's backward. What it returns is handed to
             ``on_gradient``; it must not hold the output, or the graph would hold itself.
         on_gradient: Called during the caller's backward with that and the record of every use, when it is known.
@@ -195,6 +197,7 @@ class Watch(Generic[_Note]):
         self._is_due, self._on_forward, self._on_gradient = is_due, on_forward, on_gradient
         # One entry for every call under way: calls within calls belong to the outermost and have None.
         self._open: list[_WatchMode | None] = []
+        self._settled: dict[tuple[object, ...], tuple[Layout, ...]] = {}
         handles = [
             model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True),
             model.register_forward_hook(_Hook(self._end), with_kwargs=True, always_call=True),
@@ -232,13 +235,30 @@ class Watch(Generic[_Note]):
         tape = mode.tape
         _refuse_without_grad(tape)
         rows = _batch_size((*args, *kwargs.values()))
-        uses = tuple((use, _layout(use, rows, self._exact_rows, mode.batches.get(use))) for use in tape.uses)
-        seen = Pass(uses, rows, output)
+        layouts = self._layouts(tape.uses, mode.batches, rows, output)
+        seen = Pass(tuple(zip(tape.uses, layouts, strict=True)), rows, output)
         note = self._on_forward(seen)
         for use, layout in seen.uses:
             edge = use.edge
             del use.edge  # a node whose hook holds the node itself would never be freed
             edge.node.register_prehook(partial(self._receive, note, use, edge.output_nr, layout, rows))
+
+    def _layouts(self, uses: Sequence[Use], batches: Mapping[Use, int], rows: int, output: Any) -> Sequence[Layout]:
+        """Where the samples are in the output of every use."""
+        possible = [_possible(use, rows, batches.get(use)) for use in uses]
+        layouts = [options[0] for options in possible]
+        unclear = [i for i, options in enumerate(possible) if len(options) > 1]
+        if not self._exact_rows or rows == 1 or not unclear:
+            return layouts
+        key = (rows, *((use.names, use.sizes) for use in uses))
+        found = self._settled.get(key)
+        if found is None:
+            found, certain = settle([uses[i] for i in unclear], [possible[i] for i in unclear], output, rows)
+            if certain:
+                self._settled[key] = found
+        for i, layout in zip(unclear, found, strict=True):
+            layouts[i] = layout
+        return layouts
 
     def _receive(
         self, note: _Note, use: Use, output: int, layout: Layout, rows: int, grads: tuple[Tensor | None, ...]
@@ -278,27 +298,15 @@ def _batch_size(values: Iterable[Any]) -> int:
     )
 
 
-def _layout(use: Use, rows: int, exact: bool, batch: int | None) -> Layout:
-    """Find the batch among the leading dimensions of an output by its size."""
+def _possible(use: Use, rows: int, batch: int | None) -> Sequence[Layout]:
+    """Where the sizes of an output allow the batch to be; the one place inside attention, which says it."""
     lead = use.sizes[: use.num_lead]
     if batch == rows:  # within attention: [positions, batch], or both in one dimension
-        return Layout(1) if len(lead) == 2 else Layout(0, lead[0] // rows, shared_major=True)
-    if exact and batch is not None:
-        raise UnsupportedModelError(
-            f"The output of {use} is within an attention over {batch} sequences, and the model's batch is {rows}: "
-            "which belong to a sample cannot be told. Remedy: leave the layer to AdamW with skip=, or pass the batch "
-            "in dimension 0 of the model's first tensor."
-        )
+        return [Layout(1) if len(lead) == 2 else Layout(0, lead[0] // rows, shared_major=True)]
     possible = list(candidates(lead, rows))
     if not possible:
         raise UnsupportedModelError(
             f"The output of {use} has leading sizes {tuple(lead)}, and the batch of {rows} is none of them. Remedy: "
             "pass the batch in dimension 0 of the model's first tensor, or leave the layer to AdamW with skip=."
         )
-    if exact and rows > 1 and sum(size == rows for size in lead) > 1:
-        raise UnsupportedModelError(
-            f"The output of {use} has leading sizes {tuple(lead)}, and more than one of them is the batch's {rows}: "
-            "which one holds the samples cannot be told. Remedy: use another batch size or sequence length, or leave "
-            "the layer to AdamW with skip=."
-        )
-    return possible[0]
+    return possible
