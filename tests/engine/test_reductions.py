@@ -189,3 +189,16 @@ def test_reductions_need_no_second_backward(name: str, monkeypatch: pytest.Monke
     jac.per_sample_grads()
     jac.gram()
     assert stack_rows(rows).shape == (jac.num_rows,)
+
+
+def test_a_gram_of_many_rows_is_formed_by_halves_and_whole() -> None:
+    """From 128 rows on, products are formed above the diagonal only: of a record as a whole, and piece by piece."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Flatten(), nn.Linear(320, 900), nn.Tanh()).double()
+    capture = st.Capture(model)
+    x = torch.randn(131, 8, 40, dtype=torch.float64)
+    with capture:
+        rows = model(x).square().sum(1)
+    jac = capture.jacobian(rows)
+    gram, dense = jac.gram(), jac.to_dense()
+    torch.testing.assert_close(gram, dense @ dense.T, rtol=0, atol=1e-12 * float(gram.max()))

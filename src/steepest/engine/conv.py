@@ -1,76 +1,28 @@
 """Record of convolutions in one, two or three dimensions, with stride, padding, dilation and groups."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from steepest._typing import Sharing
+from steepest.engine.conv_shape import ConvShape
 from steepest.engine.layout import Layout
 from steepest.engine.linear import LinearRecord, factorized_is_cheaper
-from steepest.engine.records import KroneckerFactors, Record, accumulate, column_chunks, common_dtype, mean_factors
+from steepest.engine.records import (
+    CHUNK_BYTES,
+    KroneckerFactors,
+    Record,
+    accumulate,
+    column_chunks,
+    common_dtype,
+    factors_of,
+)
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
-__all__ = ["ConvRecord", "ConvShape", "convolution"]
-
-# Patches of a large batch of images take gigabytes; beyond the cache nothing is gained by larger pieces.
-_PATCH_BYTES = 1 << 26
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """The arguments of a convolution.
-
-    Args:
-        weight_shape: ``[out_channels, in_channels / groups, *kernel]``.
-        pad: Zeros before and after each spatial dimension, the last dimension first, as `F.pad` takes them.
-        stride: One number for each spatial dimension.
-        dilation: Likewise.
-        groups: Number of groups.
-    """
-
-    weight_shape: torch.Size
-    pad: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve."""
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
-        out: Tensor = convolve(F.pad(x, self.pad), weight, bias, self.stride, 0, self.dilation, self.groups)
-        return out
-
-    def weight_grad(self, x: Tensor, output_grads: Tensor) -> Tensor:
-        """Gradient in the weight, by the backend's own kernel."""
-        zeros = [0] * len(self.stride)
-        dummy = x.new_empty(1).expand(self.weight_shape)
-        _, grad, _ = torch.ops.aten.convolution_backward(
-            output_grads, F.pad(x, self.pad), dummy, None, list(self.stride), zeros, list(self.dilation), False, zeros,
-            self.groups, [False, True, False],
-        )  # fmt: skip
-        weight_grad: Tensor = grad
-        return weight_grad
-
-    def patches(self, x: Tensor) -> Tensor:
-        """Gather what each output position sees.
-
-        Args:
-            x: ``[B, C, *spatial]``.
-
-        Returns:
-            ``[B, groups, C / groups * prod(kernel), positions]``, features ordered as the weight's trailing dimensions.
-        """
-        kernel = self.weight_shape[2:]
-        x = F.pad(x, self.pad)
-        for dim, (size, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), 2):
-            x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        spatial = len(kernel)  # now [B, C, *positions, *kernel]; with positions last, copies run along memory
-        order = (*range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
-        return x.permute(0, 1, *order).reshape(x.shape[0], self.groups, self.weight_shape[1:].numel(), -1)
+__all__ = ["ConvRecord", "convolution"]
 
 
 class ConvRecord(Record):
@@ -171,12 +123,18 @@ class ConvRecord(Record):
         if self._weight is None or self._shape.groups > 1:
             return None
         positions = self._merged * self._g[0, 0].numel()
-        row_bytes = 2 * positions * self._shape.weight_shape[1:].numel() * self._x.itemsize
-        parts = [
-            (rows.stop - rows.start, self.take(rows)._as_linear(self._bias).factors(sharing))
-            for rows in column_chunks(self.num_rows, row_bytes, _PATCH_BYTES)
-        ]
-        return mean_factors(parts)
+        row_bytes = positions * (self._shape.weight_shape[1:].numel() + 1) * self._x.itemsize
+        # Patches of a large batch of images take gigabytes; beyond the cache nothing is gained by larger pieces.
+        parts = (self.take(rows)._columns(sharing) for rows in column_chunks(self.num_rows, row_bytes, CHUNK_BYTES))
+        return factors_of(parts, self.num_rows * (1 if sharing == "reduce" else positions), self.num_rows)
+
+    def _columns(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
+        """Patches ``[features (+ 1), positions]`` and output gradients ``[channels, positions]``, without groups."""
+        x = self._shape.columns(self._x, ones=self._bias is not None)
+        g = self._g.transpose(0, 1).flatten(1)
+        if sharing == "expand":
+            return x, g
+        return x.unflatten(1, (self.num_rows, -1)).mean(2), g.unflatten(1, (self.num_rows, -1)).sum(2)
 
     def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
         """Patches and output gradients of every row, as a linear layer has them."""
@@ -283,7 +241,6 @@ def convolution(
     """Rule of the convolutions; padding modes other than zeros reach them as an input padded before."""
     w, b = tape.trained(weight), tape.trained(bias)
     slots = [slot for slot in (w, b) if slot is not None]
-    spatial = weight.ndim - 2
     if input.ndim < weight.ndim:
         raise refusal(
             function_name(func),
@@ -292,23 +249,6 @@ def convolution(
             "pass the model a batch, even of one sample",
         )
     out: Tensor = func(input, w.leaf() if w else weight, b.leaf() if b else bias, stride, padding, dilation, groups)
-    step, spread = _spatial(stride, spatial), _spatial(dilation, spatial)
-    pad = _pads(padding, weight.shape[2:], spread)
-    shape = ConvShape(weight.shape, pad, step, spread, groups)
+    shape = ConvShape.of(weight.shape, stride, padding, dilation, groups)
     tape.uses.append(ConvUse(tape, function_name(func), input, w, b, shape, out))
     return out
-
-
-def _spatial(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    return sizes * spatial if len(sizes) == 1 else sizes
-
-
-def _pads(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
-    """Zeros before and after each spatial dimension, the last one first."""
-    if padding == "valid":
-        padding = 0
-    if isinstance(padding, str):  # "same": an odd zero goes behind, as torch does it
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return tuple(n for total in reversed(totals) for n in (total // 2, total - total // 2))
-    return tuple(n for size in reversed(_spatial(padding, len(kernel))) for n in (size, size))

@@ -15,9 +15,10 @@ from steepest.engine.records import (
     accumulate,
     column_chunks,
     common_dtype,
-    outer,
+    factors_of,
 )
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+from steepest.linalg.outer import outer
 
 __all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
 
@@ -150,12 +151,10 @@ class LinearRecord(Record):
 
     def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
         """Every position a sample of its own ("expand"), or mean input and summed gradient ("reduce")."""
-        return None if self._weight is None else self.factors(sharing)
-
-    def factors(self, sharing: Sharing) -> KroneckerFactors:
-        """The factors of a layer whose weight is trained."""
+        if self._weight is None:
+            return None
         x, g = (part.flatten(0, 1) for part in self.positions(sharing))
-        return KroneckerFactors(x.T @ x / x.shape[0], g.T @ g / self.num_rows, len(x))
+        return factors_of([(x.T, g.T)], len(x), self.num_rows)
 
     def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
         """Inputs with a 1 joined for the bias ``[R, S, d_in (+ 1)]`` and output gradients ``[R, S, d_out]``."""

@@ -5,7 +5,7 @@ the product J^T w is the layer's weight gradient with weighted output gradients,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from steepest._typing import Sharing
+from steepest.linalg.factors import second_moment
+from steepest.linalg.outer import MeanOuter, add_outer, mirror_upper
 
 __all__ = [
     "KroneckerFactors",
@@ -22,9 +24,8 @@ __all__ = [
     "at_least_float32",
     "column_chunks",
     "common_dtype",
+    "factors_of",
     "join",
-    "mean_factors",
-    "outer",
 ]
 
 CHUNK_BYTES = 1 << 24
@@ -35,7 +36,8 @@ class KroneckerFactors:
     r"""Factors of :math:`F \approx A \otimes S` for one layer, in the precision of its record.
 
     Args:
-        input_factor: A, ``[d_in (+ 1), d_in (+ 1)]``, the mean of ``x x^T`` with a 1 joined for the bias.
+        input_factor: A, ``[d_in (+ 1), d_in (+ 1)]``, the mean of ``x x^T`` with a 1 joined for the bias; of one-hot
+            inputs its diagonal ``[d_in]``.
         grad_factor: S, ``[d_out, d_out]``, the mean over rows of ``g g^T``.
         positions: How many inputs A is the mean of.
     """
@@ -45,21 +47,23 @@ class KroneckerFactors:
     positions: int
 
 
-def mean_factors(parts: Sequence[tuple[int, KroneckerFactors]]) -> KroneckerFactors:
-    """Factors of all rows from those of some rows after others.
+def factors_of(parts: Iterable[tuple[Tensor, Tensor]], positions: int, rows: int) -> KroneckerFactors:
+    """Factors of a layer from its inputs and output gradients, in full precision whatever autocast and TF32 say.
 
     Args:
-        parts: Number of rows, and their factors.
+        parts: Inputs ``[d_in (+ 1), columns]`` and output gradients ``[d_out, columns]``, some columns after others.
+        positions: How many inputs A is the mean of.
+        rows: How many rows S is the mean over.
 
     Returns:
         The means over everything.
     """
-    if len(parts) == 1:
-        return parts[0][1]
-    rows, positions = sum(part for part, _ in parts), sum(factors.positions for _, factors in parts)
-    input_factor = torch.stack([f.input_factor * (f.positions / positions) for _, f in parts]).sum(0)
-    grad_factor = torch.stack([f.grad_factor * (part / rows) for part, f in parts]).sum(0)
-    return KroneckerFactors(input_factor, grad_factor, positions)
+    inputs, grads = MeanOuter(positions), MeanOuter(rows)
+    for x, g in parts:
+        inputs.add(x)
+        grads.add(g)
+        del x, g  # the next ones are made in their memory
+    return KroneckerFactors(inputs.value(), grads.value(), positions)
 
 
 class Record(ABC):
@@ -133,6 +137,10 @@ class Record(ABC):
     def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
         """Inputs ``[R, S, d_in (+ 1)]`` and output gradients ``[R, S, d_out]`` of a layer with Kronecker factors."""
         raise NotImplementedError(f"{type(self).__name__} has no Kronecker factors")
+
+    def second_moment(self, grad_basis: Tensor, input_basis: Tensor) -> Tensor:
+        """Mean square of the rows in the eigenbasis of A and S, ``[d_out, d_in (+ 1)]``."""
+        return second_moment(grad_basis, input_basis, *self.positions("expand"))
 
     def zero_rows(self, rows: int) -> "MaterializedRecord":
         """Return rows that do not depend on these parameters."""
@@ -271,37 +279,4 @@ def accumulate(gram: Tensor, matrix: Tensor, max_memory: int) -> None:
     limit = min(max_memory, CHUNK_BYTES)
     for columns in column_chunks(matrix.shape[1], matrix.shape[0] * gram.itemsize, limit):
         add_outer(gram, matrix[:, columns].to(gram.dtype))
-
-
-def add_outer(gram: Tensor, matrix: Tensor) -> None:
-    """Add ``matrix @ matrix.T`` to ``gram`` in place, computing only the upper block triangle where that pays.
-
-    Args:
-        gram: ``[R, R]``.
-        matrix: ``[R, columns]`` of the same dtype.
-    """
-    rows, columns = matrix.shape
-    if not _halving_pays(rows, columns):
-        gram.addmm_(matrix, matrix.T)
-        return
-    step = -(-rows // 4)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        block = matrix[start:stop] @ matrix[start:].T
-        gram[start:stop, start:] += block
-        gram[stop:, start:stop] += block[:, stop - start :].T
-
-
-def outer(matrix: Tensor) -> Tensor:
-    """Return ``matrix @ matrix.T``."""
-    rows, columns = matrix.shape
-    if not _halving_pays(rows, columns):
-        return matrix @ matrix.T
-    gram = matrix.new_zeros(rows, rows)
-    add_outer(gram, matrix)
-    return gram
-
-
-def _halving_pays(rows: int, columns: int) -> bool:
-    """Whether a product is large enough that computing only its upper block triangle saves time."""
-    return rows >= 128 and rows * rows * columns >= 1 << 24
+    mirror_upper(gram)

@@ -47,7 +47,9 @@ def settle(
     whole = [torch.zeros((), device=roots[0].device) for _ in uses]
     for chosen in (half, 1 - half):
         weights = [_weights(root, chosen, generator) for root in roots]
-        grads = torch.autograd.grad(roots, edges, weights, retain_graph=True, allow_unused=True)
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            roots, edges, weights, retain_graph=True, allow_unused=True
+        )
         for i, (use, grad) in enumerate(zip(uses, grads, strict=True)):
             if grad is None:
                 continue

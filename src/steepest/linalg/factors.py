@@ -11,11 +11,13 @@ __all__ = [
     "DecompositionError",
     "damped_pi",
     "eigenbasis",
+    "exact_dtype",
     "inner",
     "inverse",
     "product",
     "second_moment",
     "symmetrised",
+    "transposed",
 ]
 
 
@@ -29,18 +31,23 @@ def product(*matrices: Tensor) -> Tensor:
     Where the caller lets float32 products be rounded (TF32, bfloat16), they are formed in float64 instead.
 
     Args:
-        *matrices: ``[..., i, j]``, ``[..., j, k]``, ..., all of one dtype.
+        *matrices: ``[..., i, j]``, ``[..., j, k]``, ..., all of one dtype. One of one dimension is diagonal.
 
     Returns:
         ``[..., i, z]``, in the dtype of the matrices.
     """
     first = matrices[0]
-    kind = first.device.type
-    exact = torch.float64 if first.dtype == torch.float32 and _rounds_float32(kind) else first.dtype
+    kind, exact = first.device.type, exact_dtype(first)
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _chain(matrices, exact).to(first.dtype)
     return _chain(matrices, exact).to(first.dtype)
+
+
+def exact_dtype(matrix: Tensor) -> torch.dtype:
+    """Precision to multiply a matrix in, so that nothing is rounded: float64 where float32 products may be."""
+    rounded = matrix.dtype == torch.float32 and _rounds_float32(matrix.device.type)
+    return torch.float64 if rounded else matrix.dtype
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
@@ -51,8 +58,19 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
 def _chain(matrices: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     result = matrices[0].to(dtype)
     for matrix in matrices[1:]:
-        result = result @ matrix.to(dtype)
+        result = _times(result, matrix.to(dtype))
     return result
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    if right.ndim == 1:
+        return left * right
+    return left.unsqueeze(-1) * right if left.ndim == 1 else left @ right
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """Return the transpose; that of a diagonal matrix ``[k]`` is itself."""
+    return matrix if matrix.ndim == 1 else matrix.mT
 
 
 def _rounds_float32(device_type: str) -> bool:
@@ -73,7 +91,7 @@ def damped_pi(input_factor: Tensor, grad_factor: Tensor) -> Tensor:
         A \otimes S + \lambda I \approx (A + \pi \sqrt\lambda I) \otimes (S + \tfrac{\sqrt\lambda}{\pi} I)
 
     Args:
-        input_factor: A, ``[m, m]``.
+        input_factor: A, ``[m, m]``, or its diagonal ``[m]``.
         grad_factor: S, ``[n, n]``.
 
     Returns:
@@ -84,27 +102,31 @@ def damped_pi(input_factor: Tensor, grad_factor: Tensor) -> Tensor:
         >>> damped_pi(4 * torch.eye(3), torch.eye(2))
         tensor(2.)
     """
-    a, s = input_factor.diagonal().mean(), grad_factor.diagonal().mean()
+    a, s = _diagonal(input_factor).mean(), _diagonal(grad_factor).mean()
     # The roots are divided and not the traces: these can be so far apart that their ratio overflows.
     ratio = a.clamp(min=0).sqrt() / s.clamp(min=0).sqrt()
     return torch.where((a > 0) & (s > 0), ratio, torch.ones_like(ratio))
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix if matrix.ndim == 1 else matrix.diagonal()
 
 
 def symmetrised(factor: Tensor, name: str) -> Tensor:
     """Check one factor and bring it to a form that can be decomposed.
 
     Args:
-        factor: ``[k, k]``, symmetric up to rounding.
+        factor: ``[k, k]``, symmetric up to rounding, or the diagonal ``[k]`` of one.
         name: What to call it in a message.
 
     Returns:
-        ``[k, k]``, exactly symmetric, at least float32, without a graph.
+        The same, exactly symmetric, at least float32, without a graph.
 
     Raises:
         InvalidOptionError: If it is no square matrix.
         DecompositionError: If it holds NaN or infinity.
     """
-    if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+    if factor.ndim not in {1, 2} or factor.shape[0] != factor.shape[-1]:
         raise InvalidOptionError(f"The {name} has shape {tuple(factor.shape)}: give a square matrix.")
     matrix = factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
     bad = matrix.numel() - int(matrix.isfinite().sum())
@@ -113,19 +135,21 @@ def symmetrised(factor: Tensor, name: str) -> Tensor:
             f"The {name} {tuple(factor.shape)} holds NaN or infinity in {bad} of {factor.numel()} entries. "
             "Keep such a batch out of the running factors, lower the learning rate, or use float32 instead of half."
         )
-    return (matrix + matrix.T) / 2
+    return matrix.clone() if matrix.ndim == 1 else (matrix + matrix.T) / 2
 
 
 def eigenbasis(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of one factor.
 
     Args:
-        matrix: ``[k, k]``, as `symmetrised` returns it.
+        matrix: ``[k, k]`` or ``[k]``, as `symmetrised` returns it.
         name: What to call it in a message.
 
     Returns:
-        Eigenvalues ``[k]``, ascending, none negative; eigenvectors ``[k, k]``, as columns.
+        Eigenvalues ``[k]``, none negative; eigenvectors ``[k, k]``, as columns, or ones ``[k]`` of a diagonal factor.
     """
+    if matrix.ndim == 1:
+        return matrix.clamp(min=0), torch.ones_like(matrix)
 
     def eigh(unit: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         values, vectors = torch.linalg.eigh(unit)
@@ -139,12 +163,19 @@ def inverse(matrix: Tensor, name: str) -> Tensor:
     """Inverse of one damped factor, by its Cholesky factor.
 
     Args:
-        matrix: ``[k, k]``, as `symmetrised` returns it, damping added.
+        matrix: ``[k, k]`` or ``[k]``, as `symmetrised` returns it, damping added.
         name: What to call it in a message.
 
     Returns:
-        ``[k, k]``, symmetric.
+        The same, symmetric.
+
+    Raises:
+        DecompositionError: If it is singular.
     """
+    if matrix.ndim == 1:
+        if not bool((matrix > 0).all()):
+            raise DecompositionError(f"The {name} {tuple(matrix.shape)} has zeros: use a damping above 0.")
+        return matrix.reciprocal()
 
     def cholesky(unit: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return (torch.cholesky_inverse(torch.linalg.cholesky(unit)) / scale,)

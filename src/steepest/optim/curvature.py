@@ -10,7 +10,7 @@ from torch import Tensor
 from steepest._typing import Sharing
 from steepest.engine.records import Record
 from steepest.linalg.decompositions import CorrectedEigen, Decomposition
-from steepest.linalg.kronecker import DecompositionError, KroneckerSolver, second_moment
+from steepest.linalg.kronecker import DecompositionError, KroneckerSolver
 
 __all__ = ["CURVATURE_KEYS", "Curvature", "Gathered"]
 
@@ -46,9 +46,8 @@ class Gathered:
         self.grad = _plus(self.grad, factors.grad_factor, record.num_rows * weight)
         if isinstance(decomposition, CorrectedEigen):
             # The gradients themselves, whatever the factors make of positions.
-            x, g = record.positions("expand")
-            moment = second_moment(decomposition.grad_basis, decomposition.input_basis, x, g)
-            self.moment = _plus(self.moment, moment, len(x) * weight)
+            moment = record.second_moment(decomposition.grad_basis, decomposition.input_basis)
+            self.moment = _plus(self.moment, moment, record.num_rows * weight)
 
     def sizes(self) -> list[Tensor]:
         """One number for every sum, not finite where the sum is not."""
@@ -56,7 +55,8 @@ class Gathered:
 
 
 def _plus(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
-    return part * weight if total is None else total.add_(part, alpha=weight)
+    # Both were made for this sum alone.
+    return part.mul_(weight) if total is None else total.add_(part, alpha=weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Curvature:
 
         Args:
             before: The curvature so far.
-            gathered: The sums; they are used up.
+            gathered: The sums; they stay as they are, so that a step that fails later can be tried again.
             decay: Share of the past.
             grad_scale: What the sums of gradients are to be multiplied with to be means over samples.
 
@@ -99,15 +99,15 @@ class Curvature:
         """
         if gathered.input is None or gathered.grad is None:
             raise RuntimeError("nothing was gathered")
-        a, s = gathered.input / gathered.positions, gathered.grad * grad_scale
+        a, s = gathered.input * ((1 - decay) / gathered.positions), gathered.grad * ((1 - decay) * grad_scale)
         if before is None:
-            return Curvature(a * (1 - decay), s * (1 - decay), 1 - decay, age=1, updates=1)
+            return Curvature(a, s, 1 - decay, age=1, updates=1)
         decomposition = before.decomposition
         if isinstance(decomposition, CorrectedEigen) and gathered.moment is not None:
             decomposition = decomposition.blended(gathered.moment * grad_scale, decay)
         return Curvature(
-            torch.lerp(a, before.input_factor, decay),
-            torch.lerp(s, before.grad_factor, decay),
+            a.add_(before.input_factor, alpha=decay),
+            s.add_(before.grad_factor, alpha=decay),
             decay * before.weight + 1 - decay,
             decomposition,
             before.age + 1,
