@@ -73,7 +73,7 @@ def test_who_gets_factors() -> None:
     text = repr(st.KFAC(Tied()))
     assert "Kronecker factors, 2 layers:\n    attn.out_proj: 4 x 4, 4\n    plain: 4 x 4, 4" in text
     for line in (
-        "embed.weight: Embedding has no Kronecker factors",
+        "embed.weight: an embedding, which embeddings='kronecker' would give a factor",
         "norm.bias: its weight is parametrized",
         "frozen.bias: its weight is not trained",
         "attn.k_proj_weight:",

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import steepest as st
 from optim.kfac_runs import DOUBLE, EVERY, STILL, data, factors, factors_after, mlp, train
+from steepest.errors import InvalidOptionError
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -83,7 +85,8 @@ def test_damping_acts_at_once_and_without_a_decomposition(how: str) -> None:
 
 def test_all_schedules_are_asked_for_the_step() -> None:
     model, (x, y) = mlp(), data()
-    asked: dict[str, list[int]] = {"damping": [], "momentum": [], "factor_decay": [], "kl_clip": []}
+    names = ("lr", "weight_decay", "damping", "momentum", "factor_decay", "kl_clip")
+    asked: dict[str, list[int]] = {name: [] for name in names}
 
     def schedule(name: str, value: float) -> Callable[[int], float]:
         def at(step: int) -> float:
@@ -97,3 +100,28 @@ def test_all_schedules_are_asked_for_the_step() -> None:
         train(model, opt, x, y, F.cross_entropy)
         assert all(opt.param_groups[0][name] == 0.5 / (step + 1) for name in asked)
     assert all(set(steps) == {0, 1, 2} for steps in asked.values())
+
+
+def test_the_others_have_schedules_of_their_own() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double(), data()
+    falling = {"lr": 0.4, "weight_decay": 0.2, "adamw_lr": 0.02, "adamw_weight_decay": 0.1}
+    opt = st.KFAC(model, **{name: lambda step, value=value: value / (step + 1) for name, value in falling.items()})
+    for step in range(3):
+        train(model, opt, x, y, F.cross_entropy)
+        layers, others = opt.param_groups
+        assert (layers["lr"], layers["weight_decay"]) == (0.4 / (step + 1), 0.2 / (step + 1))
+        assert (others["lr"], others["weight_decay"]) == (0.02 / (step + 1), 0.1 / (step + 1))
+
+
+def test_the_periods_may_change_with_the_step() -> None:
+    model, (x, y) = mlp(), data()
+    opt = st.KFAC(model, factor_update_steps=lambda step: 2 if step < 20 else 5, inverse_update_steps=lambda _: 1)
+    updated = []
+    for step in range(40):
+        before = opt.state[model[0].weight].get("updates", 0)
+        train(model, opt, x, y, F.cross_entropy)
+        if opt.state[model[0].weight]["updates"] > before:
+            updated.append(step)
+    assert updated == [0, 1, *range(2, 20, 2), 20, 25, 30, 35]
+    with pytest.raises(InvalidOptionError, match="factor_update_steps=0"):
+        st.KFAC(mlp(), factor_update_steps=lambda step: step)

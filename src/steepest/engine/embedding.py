@@ -6,9 +6,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from steepest._typing import Sharing
 from steepest.engine.layout import Layout
-from steepest.engine.records import CHUNK_BYTES, Record, at_least_float32, column_chunks
+from steepest.engine.records import CHUNK_BYTES, KroneckerFactors, Record, at_least_float32, column_chunks
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+from steepest.linalg.factors import product
+from steepest.linalg.outer import MeanOuter
 
 __all__ = ["EmbeddingRecord", "embedding"]
 
@@ -60,6 +63,31 @@ class EmbeddingRecord(Record):
         """``sum_s g_ns . v[token_ns]``."""
         table = vector[self._weight].to(self._g.dtype)
         return (table[self._tokens] * self._g).sum((1, 2))
+
+    def take(self, rows: slice) -> "EmbeddingRecord":
+        """Keep some rows: views, nothing is copied."""
+        return EmbeddingRecord(self._weight, self._tokens[rows], self._g[rows], self.shapes[self._weight][0])
+
+    def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors:
+        """Frequencies of the tokens, the diagonal of A: every token a sample of its own, whatever the sharing."""
+        g, tokens = self._g.flatten(0, 1), self._tokens.flatten()
+        counts = g.new_zeros(self.shapes[self._weight][0]).index_add_(0, tokens, g.new_ones(len(g)))
+        grads = MeanOuter(self.num_rows)
+        grads.add(g.T)
+        return KroneckerFactors(counts.div_(len(g)), grads.value(), len(g))
+
+    def second_moment(self, grad_basis: Tensor, input_basis: Tensor) -> Tensor:
+        """Mean square of the rows, ``[d, num_embeddings]``: gradients of one token in one row add up first."""
+        del input_basis  # a diagonal A is in its eigenbasis
+        size = self.shapes[self._weight][0]
+        rows = torch.arange(self.num_rows, device=self._g.device).unsqueeze(1)
+        keys, order = (rows * size + self._tokens).flatten().sort()
+        g = product(self._g.flatten(0, 1)[order].to(grad_basis.dtype), grad_basis)
+        place = (keys.diff(prepend=keys[:1]) != 0).cumsum(0)
+        sums = torch.zeros_like(g).index_add_(0, place, g)
+        token = torch.zeros_like(keys).scatter_(0, place, keys % size)
+        moment = g.new_zeros(size, g.shape[1]).index_add_(0, token, sums.square_())
+        return moment.T / self.num_rows
 
     def restrict(self, index: Mapping[str, Tensor]) -> "EmbeddingRecord":
         """Keep some rows of the table: other tokens get no gradient."""

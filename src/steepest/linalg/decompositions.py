@@ -2,6 +2,9 @@ r"""Decomposed blocks :math:`M` of a layer's curvature: how they are damped at u
 
 A gradient is a matrix G ``[n, m]``: n outputs, m inputs, the bias joined as the last input column. With its columns
 stacked, :math:`(A \otimes S)\, \mathrm{vec}(G) = \mathrm{vec}(S G A)`. F is the block A (x) S, M the same with damping.
+
+A of an embedding, whose inputs are one-hot, is diagonal: it is a vector here, and so are its eigenbasis (ones) and its
+inverse.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steepest.errors import InvalidOptionError
-from steepest.linalg.factors import product, second_moment
+from steepest.linalg.factors import product, second_moment, transposed
 
 __all__ = ["CorrectedEigen", "Decomposition", "EigenDecomposition", "KroneckerEigen", "KroneckerInverse", "Placed"]
 
@@ -115,7 +118,7 @@ class EigenDecomposition(Decomposition):
 
     def direction(self, dual: Tensor) -> Tensor:
         """Return ``U_S W U_A^T``: two products."""
-        return product(self.grad_basis, dual, self.input_basis.T)
+        return product(self.grad_basis, dual, transposed(self.input_basis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +127,7 @@ class KroneckerEigen(EigenDecomposition):
 
     Args:
         input_values: Eigenvalues of A, ``[m]``.
-        input_basis: U_A, ``[m, m]``.
+        input_basis: U_A, ``[m, m]``, or ones ``[m]`` of a diagonal A.
         grad_values: Eigenvalues of S, ``[n]``.
         grad_basis: U_S, ``[n, n]``.
     """
@@ -149,7 +152,7 @@ class CorrectedEigen(EigenDecomposition):
     """The eigenbasis of A and S with a running second moment of the gradient in it (EKFAC, arXiv 1806.03884).
 
     Args:
-        input_basis: U_A, ``[m, m]``.
+        input_basis: U_A, ``[m, m]``, or ones ``[m]`` of a diagonal A.
         grad_basis: U_S, ``[n, n]``.
         moment: D, ``[n, m]``.
     """
@@ -196,8 +199,8 @@ class CorrectedEigen(EigenDecomposition):
             The decomposition in the new basis; the trace stays.
         """
         grad = product(grad_basis.T, self.grad_basis).square()
-        input_ = product(input_basis.T, self.input_basis).square()
-        return CorrectedEigen(input_basis, grad_basis, product(grad, self.moment, input_.T))
+        input_ = product(transposed(input_basis), self.input_basis).square()
+        return CorrectedEigen(input_basis, grad_basis, product(grad, self.moment, transposed(input_)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,9 +210,9 @@ class KroneckerInverse(Decomposition):
     The damping is that of the decomposition: the one given at use is ignored. A and S are kept for the metric.
 
     Args:
-        input_factor: A, ``[m, m]``.
+        input_factor: A, ``[m, m]``, or its diagonal ``[m]``.
         grad_factor: S, ``[n, n]``.
-        input_inverse: Inverse of the damped A, ``[m, m]``.
+        input_inverse: Inverse of the damped A, of the same shape.
         grad_inverse: Inverse of the damped S, ``[n, n]``.
         input_shift: Damping added to A, 0-dimensional.
         grad_shift: Damping added to S, 0-dimensional.

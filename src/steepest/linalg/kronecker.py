@@ -69,7 +69,7 @@ class Eigenbasis:
         """Decompose the block; waits for the device.
 
         Args:
-            input_factor: A, ``[m, m]``.
+            input_factor: A, ``[m, m]``, or its diagonal ``[m]``.
             grad_factor: S, ``[n, n]``.
             damping: Not used: it is given at use.
             previous: Not used.
@@ -109,7 +109,7 @@ class EigenbasisCorrected:
         """Decompose the block; waits for the device.
 
         Args:
-            input_factor: A, ``[m, m]``.
+            input_factor: A, ``[m, m]``, or its diagonal ``[m]``.
             grad_factor: S, ``[n, n]``.
             damping: Not used: it is given at use.
             previous: The decomposition to be replaced, whose moment is carried over.
@@ -150,7 +150,7 @@ class Cholesky:
         """Decompose the block; waits for the device.
 
         Args:
-            input_factor: A, ``[m, m]``.
+            input_factor: A, ``[m, m]``, or its diagonal ``[m]``.
             grad_factor: S, ``[n, n]``.
             damping: lambda.
             previous: Not used.
@@ -178,6 +178,8 @@ def _prepared(input_factor: Tensor, grad_factor: Tensor) -> tuple[Tensor, Tensor
 
 def _shifted(matrix: Tensor, shift: Tensor) -> Tensor:
     """Return ``matrix + shift * I``."""
+    if matrix.ndim == 1:
+        return matrix + shift
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
     return shifted

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ class Block:
         name: Qualified name of the layer.
         names: Qualified names of its weight and bias.
         params: The parameters.
+        is_table: Whether the weight is an embedding's ``[num_embeddings, d]``, the transpose of a linear layer's.
     """
 
     name: str
     names: tuple[str, ...]
     params: tuple[Tensor, ...]
+    is_table: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -38,11 +40,13 @@ class Block:
     def join(self, tensors: Iterable[Tensor]) -> Tensor:
         """Put tensors like weight and bias into one matrix ``[d_out, d_in (+ 1)]``."""
         weight, *bias = tensors
-        matrix = weight.flatten(1)
+        matrix = weight.T if self.is_table else weight.flatten(1)
         return torch.cat([matrix, bias[0].unsqueeze(1)], 1) if bias else matrix
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """Take a matrix apart into tensors like weight and bias."""
+        if self.is_table:
+            return (matrix.T,)
         if len(self.params) == 1:
             return (matrix.view_as(self.weight),)
         return matrix[:, :-1].reshape(self.weight.shape), matrix[:, -1]
@@ -67,11 +71,12 @@ class Assignment:
         for block in self.blocks:
             if id(block.weight) in inside:
                 kept = [(n, p) for n, p in zip(block.names, block.params, strict=True) if id(p) in inside]
-                found.append(Block(block.name, tuple(n for n, _ in kept), tuple(p for _, p in kept)))
+                names, params = zip(*kept, strict=True)
+                found.append(replace(block, names=names, params=params))
         return found
 
 
-def assign(model: nn.Module, trained: Mapping[str, Tensor], skip: Iterable[str]) -> Assignment:
+def assign(model: nn.Module, trained: Mapping[str, Tensor], skip: Iterable[str], *, tables: bool = False) -> Assignment:
     """Go through the layers of a model.
 
     Linear layers, convolutions without groups and the packed input projection of `torch.nn.MultiheadAttention` have
@@ -81,6 +86,7 @@ def assign(model: nn.Module, trained: Mapping[str, Tensor], skip: Iterable[str])
         model: The model.
         trained: The parameters to train, by qualified name.
         skip: Regular expressions; layers whose qualified name one of them matches anywhere are left out.
+        tables: Whether embeddings have factors too.
 
     Returns:
         The assignment.
@@ -111,7 +117,7 @@ def assign(model: nn.Module, trained: Mapping[str, Tensor], skip: Iterable[str])
             continue
         hits = [pattern for pattern in patterns if pattern.search(path)]
         matched.update(hits)
-        weight, bias, reason = _factored(module, prefix, own)
+        weight, bias, reason = _factored(module, prefix, own, tables=tables)
         if hits:
             reason = f"skip={hits[0].pattern!r}"
         elif weight is not None and owners[id(own[weight])] > 1:
@@ -120,7 +126,8 @@ def assign(model: nn.Module, trained: Mapping[str, Tensor], skip: Iterable[str])
             others.update(dict.fromkeys(own, reason or f"{type(module).__name__} has no Kronecker factors"))
             continue
         names = tuple(name for name in (weight, bias) if name is not None and name in own)
-        blocks.append(Block(path, names, tuple(own[name] for name in names)))
+        table = isinstance(module, nn.Embedding)
+        blocks.append(Block(path, names, tuple(own[name] for name in names), is_table=table))
         others.update({name: "not part of the layer's weight and bias" for name in own if name not in names})
     _refuse_idle(patterns, matched)
     return Assignment(tuple(blocks), others)
@@ -147,7 +154,9 @@ def _refuse_idle(patterns: Iterable[re.Pattern[str]], matched: set[re.Pattern[st
         )
 
 
-def _factored(module: nn.Module, prefix: str, own: Mapping[str, Tensor]) -> tuple[str | None, str | None, str]:
+def _factored(
+    module: nn.Module, prefix: str, own: Mapping[str, Tensor], *, tables: bool
+) -> tuple[str | None, str | None, str]:
     """Names of the weight and the bias that have factors, and a reason if there are none."""
     weight, bias = f"{prefix}weight", f"{prefix}bias"
     if isinstance(module, nn.MultiheadAttention):
@@ -157,6 +166,11 @@ def _factored(module: nn.Module, prefix: str, own: Mapping[str, Tensor]) -> tupl
     elif isinstance(module, _CONVOLUTIONS):
         if module.groups > 1:
             return None, None, "a convolution with groups has no Kronecker factors"
+    elif isinstance(module, nn.Embedding):
+        if not tables:
+            return None, None, "an embedding, which embeddings='kronecker' would give a factor"
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return None, None, "an embedding with max_norm, scale_grad_by_freq or sparse has no Kronecker factors"
     elif not isinstance(module, nn.Linear):
         return None, None, ""
     if is_parametrized(module):

@@ -29,9 +29,10 @@ from steepest.optim.terms import LossTerms
 
 # One batch says little about the curvature: so many steps at the start all update the factors.
 _FIRST_STEPS = 10
-__all__ = ["KFAC", "KFACDiagnostics", "Schedule"]
+__all__ = ["KFAC", "KFACDiagnostics", "Period", "Schedule"]
 
 Schedule = float | Callable[[int], float]
+Period = int | Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,21 @@ class KFAC(LayerOptimizer):
 
     .. math:: \theta \leftarrow (1 - \eta w)\,\theta - \eta\, v, \qquad v \leftarrow \mu v + \nu M^{-1} g
 
-    All other parameters (norms, embeddings, lone biases, grouped convolutions) are trained by AdamW inside the same
-    optimizer; ``print(opt)`` says who trains what. ``loss.backward()`` is the only backward: the engine watches the
-    forward of the model and sees the output gradients on the way.
+    All other parameters (norms, embeddings unless you ask, lone biases, grouped convolutions) are trained by AdamW
+    inside the same optimizer; ``print(opt)`` says who trains what. ``loss.backward()`` is the only backward: the engine
+    watches the forward of the model and sees the output gradients on the way.
 
     Args:
         model: The model, called as a whole in the loop. DDP-wrapped models are taken as they are.
         params: Which parameters to train, or parameter groups; all that require grad by default.
-        lr: Learning rate eta.
-        momentum: mu; a number or a function of the step, as are the others marked with *.
-        weight_decay: Decoupled weight decay w.
+        lr: * Learning rate eta. A function of the step (0, 1, ...) may be given in place of every number marked with *;
+            it then sets that number in every group, before every step.
+        momentum: * mu.
+        weight_decay: * Decoupled weight decay w.
         damping: * lambda of M.
         factor_decay: * Share of the past in the running factors, whose bias is corrected.
-        factor_update_steps: Steps between two updates of the factors; the first ten steps all update them.
-        inverse_update_steps: Steps between two decompositions; the first ones come sooner, at update 1, 2, 4, 8, ...
+        factor_update_steps: * Steps between two updates of the factors; the first ten steps all update them.
+        inverse_update_steps: * Steps between two decompositions; the first ones come sooner, at update 1, 2, 4, 8, ...
         fisher: Which Fisher information: `Empirical`, `MonteCarlo` or `Exact`.
         solver: How M is inverted: `Eigenbasis`, `EigenbasisCorrected` (EKFAC) or `Cholesky`.
         sharing: Layers that share weights over positions: "expand" treats every position as a sample, "reduce" sums
@@ -87,10 +89,13 @@ class KFAC(LayerOptimizer):
         loss_terms: What a mean loss is the mean of: "samples", "positions" or a function of the output; "auto" is
             samples for outputs ``[B, C]`` and asks otherwise.
         skip: Regular expressions of layers to leave to AdamW.
-        adamw_lr: Learning rate of AdamW.
+        embeddings: Who trains `torch.nn.Embedding`: "adamw", or "kronecker". As a linear layer of one-hot inputs it
+            has a diagonal A, the frequencies of the tokens; tokens always count one by one, whatever ``sharing``. Its
+            tokens must be the batch: an embedding of positions alone is left to AdamW with ``skip``.
+        adamw_lr: * Learning rate of AdamW.
         adamw_betas: Its betas.
         adamw_eps: Its eps.
-        adamw_weight_decay: Its weight decay.
+        adamw_weight_decay: * Its weight decay.
         grad_scaler: A `torch.amp.GradScaler`, needed only where ``scaler.unscale_(opt)`` is called in the loop.
         on_nonfinite: Whether NaN or infinity in a gradient raises, or skips the step, warns and counts.
 
@@ -100,7 +105,7 @@ class KFAC(LayerOptimizer):
 
     Memory, in numbers for each layer of n outputs and m inputs (the bias counts as an input): the running factors
     m^2 + n^2, the decomposition m^2 + n^2 + m + n (Eigenbasis), m^2 + n^2 + m n (EigenbasisCorrected) or
-    2 (m^2 + n^2) + 2 (Cholesky), and m n for the momentum.
+    2 (m^2 + n^2) + 2 (Cholesky), and m n for the momentum; of an embedding of m tokens all m^2 are m.
 
     Gradient accumulation: divide each loss by the number of backwards, as usual. With a batch-normalised model in
     train mode gradients of single samples do not exist, and the factors are those of the normalised activations, as in
@@ -139,13 +144,13 @@ class KFAC(LayerOptimizer):
         model: nn.Module,
         *,
         params: Iterable[Any] | None = None,
-        lr: float | Tensor = 0.1,
+        lr: Schedule | Tensor = 0.1,
         momentum: Schedule = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: Schedule = 0.0,
         damping: Schedule = 1e-3,
         factor_decay: Schedule = 0.95,
-        factor_update_steps: int = 10,
-        inverse_update_steps: int = 100,
+        factor_update_steps: Period = 10,
+        inverse_update_steps: Period = 100,
         fisher: Empirical | MonteCarlo | Exact | None = None,
         solver: KroneckerSolver | None = None,
         sharing: Sharing = "expand",
@@ -153,32 +158,39 @@ class KFAC(LayerOptimizer):
         reduction: Reduction = "mean",
         loss_terms: LossTerms = "auto",
         skip: str | tuple[str, ...] = (),
-        adamw_lr: float = 1e-3,
+        embeddings: Literal["adamw", "kronecker"] = "adamw",
+        adamw_lr: Schedule = 1e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
-        adamw_weight_decay: float = 0.01,
+        adamw_weight_decay: Schedule = 0.01,
         grad_scaler: Any = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        check_choice("embeddings", embeddings, ("adamw", "kronecker"))
         self._recipe = Recipe(Empirical() if fisher is None else fisher, sharing, reduction, loss_terms)
         self._solver = Eigenbasis() if solver is None else solver
         if not isinstance(self._solver, KroneckerSolver) or isinstance(self._solver, type):
             raise InvalidOptionError(f"solver={solver!r}: give a solver object such as steepest.Eigenbasis().")
-        self._factor_update_steps = check_integer("factor_update_steps", factor_update_steps, low=1)
-        self._inverse_update_steps = check_integer("inverse_update_steps", inverse_update_steps, low=1)
+        self._factor_update_steps, self._inverse_update_steps = factor_update_steps, inverse_update_steps
+        for name, period in (
+            ("factor_update_steps", factor_update_steps),
+            ("inverse_update_steps", inverse_update_steps),
+        ):
+            _at(name, period, 0)
         self._skip_nonfinite = on_nonfinite == "skip"
         self._grad_scaler = grad_scaler
-        given = {"damping": damping, "momentum": momentum, "kl_clip": kl_clip, "factor_decay": factor_decay}
+        given = {
+            "lr": lr, "weight_decay": weight_decay, "damping": damping, "momentum": momentum, "kl_clip": kl_clip,
+            "factor_decay": factor_decay, "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
+        }  # fmt: skip
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         numbers = {name: value(0) if callable(value) else value for name, value in given.items()}
-        defaults = {
-            "lr": lr, "weight_decay": weight_decay, **numbers, "betas": adamw_betas, "eps": adamw_eps,
-            "adamw_lr": adamw_lr, "adamw_weight_decay": adamw_weight_decay,
-        }  # fmt: skip
+        defaults = {**numbers, "betas": adamw_betas, "eps": adamw_eps}
         self._gathering: Gathering | None = None
         self.diagnostics: KFACDiagnostics | None = None
-        super().__init__(model, params, defaults, (skip,) if isinstance(skip, str) else skip)
+        patterns = (skip,) if isinstance(skip, str) else skip
+        super().__init__(model, params, defaults, patterns, tables=embeddings == "kronecker")
 
     def _begin(self) -> None:
         """Watch the layers of all groups, in place of those watched so far."""
@@ -335,8 +347,11 @@ class KFAC(LayerOptimizer):
         return scale
 
     def _schedule(self, step: int) -> None:
+        values = {name: schedule(step) for name, schedule in self._schedules.items()}
         for group in self.param_groups:
-            group.update({name: schedule(step) for name, schedule in self._schedules.items()})
+            prefix = "adamw_" if group["method"] == "adamw" else ""
+            group.update({name: values[prefix + name] for name in ("lr", "weight_decay") if prefix + name in values})
+            group.update({name: value for name, value in values.items() if name not in {"lr", "weight_decay"}})
             _check_group(group)
 
     def _check_gradients(self) -> None:
@@ -364,7 +379,9 @@ class KFAC(LayerOptimizer):
                 f"Layer {block.name!r} has a gradient and its forward was never seen: call the model itself in the "
                 "loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
             )
-        if curvature.is_stale(-(-self._inverse_update_steps // self._factor_update_steps)):
+        step = self._memory["steps"]
+        every = _at("factor_update_steps", self._factor_update_steps, step)
+        if curvature.is_stale(-(-_at("inverse_update_steps", self._inverse_update_steps, step) // every)):
             try:
                 return curvature.decomposed(self._solver, group["damping"])
             except DecompositionError as error:
@@ -415,8 +432,12 @@ def _due(optimizer: KFAC | None) -> int | None:
     if optimizer is None:
         return None
     steps: int = optimizer._memory["steps"]
-    period = optimizer._factor_update_steps
+    period = _at("factor_update_steps", optimizer._factor_update_steps, steps)
     return steps if steps < min(period, _FIRST_STEPS) or steps % period == 0 else None
+
+
+def _at(name: str, period: Period, step: int) -> int:
+    return check_integer(name, period(step) if callable(period) else period, low=1)
 
 
 def _decomposition(optimizer: KFAC | None, block: Block) -> Decomposition | None:

@@ -21,14 +21,21 @@ class LayerOptimizer(Optimizer):
         params: Which parameters to train, or groups; None takes all that require grad.
         defaults: As in torch.optim, with ``adamw_lr`` and ``adamw_weight_decay`` for the other parameters.
         skip: Regular expressions of layers that count as other parameters.
+        tables: Whether embeddings count as layers with factors.
     """
 
     def __init__(
-        self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], skip: Iterable[str]
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        skip: Iterable[str],
+        *,
+        tables: bool = False,
     ) -> None:
         everything = named_trainable(model, None)
         self._model = model
-        self._assignment = assign(model, everything, skip)
+        self._assignment = assign(model, everything, skip, tables=tables)
         self._names = {id(p): name for name, p in everything.items()}
         self._blocks: dict[str, Block] = {}
         self._constructed = False
