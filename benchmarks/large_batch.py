@@ -3,22 +3,20 @@
     STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion cifar] [--out runs/large_batch]
 
 Every optimizer's learning rate is tuned at every batch size by 4 trials on 3 other seeds; for CIFAR-10, an epoch of
-which takes a quarter of a minute on a CPU, in trials of 2 epochs. The goal is what the runs of the first optimizer all
-reach. An interrupted study goes on where it was; the reports are in the folder.
+which takes a quarter of a minute on a CPU, in trials of 2 epochs. The goal is a validation accuracy. An
+interrupted study goes on where it was; the reports are in the folder.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from records import write
+from studies import short_trials, steepest
 
 RIVALS = "adamw,sgd,kfac,kfac-2x,fop"
 
@@ -29,62 +27,50 @@ class Study:
 
     Args:
         arguments: Of steepest compare.
+        goal: Validation accuracy that is timed.
         batches: Values of --batch-size; none for that of the task.
-        epochs: Per run, and per trial of the tuning; none for those of the task.
+        trial_epochs: Per trial of the tuning; none for as many as in a run.
         needs_files: Whether it reads the data folder.
     """
 
     arguments: tuple[str, ...]
+    goal: str
     batches: tuple[str, ...] = ()
-    epochs: tuple[int, int] | None = None
+    trial_epochs: int | None = None
     needs_files: bool = False
 
 
 STUDIES = {
-    "digits": Study(("digits", "-o", RIVALS, "--seeds", "3"), ("64", "256", "all"), (20, 20)),
-    "longtail": Study(("digits_lt50", "digits_lt100", "-o", f"{RIVALS},sven", "--seeds", "5")),
+    "digits": Study(("digits", "-o", RIVALS, "--seeds", "3", "--epochs", "20"), "0.93", ("64", "256", "all")),
+    "longtail": Study(("digits_lt50", "digits_lt100", "-o", f"{RIVALS},sven", "--seeds", "5"), "0.7"),
     "fashion": Study(
-        ("fashion_mnist", "-o", RIVALS, "--seeds", "3"), ("512", "2048", "8192", "all"), (10, 10), needs_files=True
+        ("fashion_mnist", "-o", RIVALS, "--seeds", "3", "--epochs", "10"),
+        "0.84",
+        ("512", "2048", "8192", "all"),
+        needs_files=True,
     ),
     # An eighth of the channels of a ResNet-18 and one block in each of three stages: what a CPU can do.
     "cifar": Study(
-        ("cifar10_resnet", "--model", "resnet:8,16,32", "-o", RIVALS, "--seeds", "3"),
+        ("cifar10_resnet", "--model", "resnet:8,16,32", "-o", RIVALS, "--seeds", "3", "--epochs", "8"),
+        "0.4",
         ("512",),
-        (8, 2),
+        trial_epochs=2,
         needs_files=True,
     ),
 }
 
 
-def steepest(*arguments: str) -> list[dict[str, Any]]:
-    """Run the command and return the summaries that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "steepest.cli", *arguments, "--json"], stdout=subprocess.PIPE, check=True
-    )
-    tasks: list[dict[str, Any]] = json.loads(done.stdout)["tasks"]
-    return tasks
-
-
 def run(study: Study, folder: Path) -> list[dict[str, Any]]:
     tune, out = ("--tune", "4"), ("--out", str(folder))
-    epochs, tuning_epochs = study.epochs or (None, None)
-    length = ("--epochs", str(epochs)) if epochs else ()
-    if epochs == tuning_epochs:
+    goal = ("--goal-metric", "accuracy", "--goal", study.goal)
+    if study.trial_epochs is None:
         sizes = ("--batch-sizes", ",".join(study.batches)) if study.batches else ()
-        return steepest("compare", *study.arguments, *length, *sizes, *tune, *out)
+        return steepest("compare", *study.arguments, *sizes, *goal, *tune, *out)
     for batch in study.batches:
-        size = ("--batch-size", batch)
-        # The last --seeds counts: of the short runs only the rates are wanted.
-        short = ("--epochs", str(tuning_epochs), "--seeds", "1", "--out", str(folder / "tuning" / batch))
-        (tuned,) = steepest("compare", *study.arguments, *size, *tune, *short)
-        rates = chosen(tuned)
-        steepest("compare", *study.arguments, *length, *size, *rates, *out)
-    return steepest("report", str(folder))
-
-
-def chosen(summary: dict[str, Any]) -> Sequence[str]:
-    """Arguments that set the learning rates of a summary."""
-    return [word for row in summary["rows"] for word in ("--set", f"{row['optimizer']}.lr={row['options']['lr']}")]
+        arguments = (*study.arguments, "--batch-size", batch)
+        rates = short_trials(arguments, study.trial_epochs, 4, folder / "tuning" / batch)
+        steepest("compare", *arguments, *rates, *out)
+    return steepest("report", str(folder), *goal)
 
 
 def measured_r(folder: Path, task: str, batch: int) -> float | None:
