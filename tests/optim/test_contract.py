@@ -45,6 +45,14 @@ def kfac(name: str, kind: Callable[..., Optimizer] = st.KFAC, **options: Any) ->
     return Entry(name, lambda model, **o: kind(model, **{"momentum": 0.5, **options, **o}), trained)
 
 
+def lpsgd(name: str, kind: Callable[..., Optimizer], **options: Any) -> Entry:
+    def make(model: nn.Module, params: Any = None, **o: Any) -> Optimizer:
+        chosen = model.named_parameters() if params is None else params
+        return kind(chosen, **{"lr": 0.03, "p": 3.0, **options, **o})
+
+    return Entry(name, make, trained)
+
+
 OPTIMIZERS = [
     Entry("sven", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o), losses),
     Entry("sven_residuals", lambda model, **o: st.Sven(model, **{"lr": 0.3} | o, rows="residuals"), residuals),
@@ -63,6 +71,12 @@ OPTIMIZERS = [
     kfac("ekfac", solver=st.EigenbasisCorrected()),
     kfac("fop", st.FOP),
     kfac("fop_undamped", st.FOP, metric="undamped", total="sum"),
+    lpsgd("lpsgd", st.LPSGD),
+    lpsgd("lpsgd_foreach", st.LPSGD, foreach=True, p=4.0),
+    lpsgd("lpsgd_sgd", st.LPSGD, p=2.0, lr=0.1),
+    lpsgd("lpsgdm", st.LPSGDM, momentum=0.5),
+    lpsgd("lpsgdm_loop", st.LPSGDM, momentum=0.5, foreach=False),
+    lpsgd("lpsgdm_signs", st.LPSGDM, p=1e6, lr=0.01),
 ]
 each = pytest.mark.parametrize("entry", OPTIMIZERS, ids=lambda entry: entry.name)
 

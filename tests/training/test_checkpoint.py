@@ -46,7 +46,7 @@ def interrupted(run: RunSpec, folder: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 7, 8, 9, 16, 23])
-@pytest.mark.parametrize("name", ["sgd", "adam", "lbfgs", "sven", "kfac", "fop"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "lbfgs", "sven", "kfac", "fop", "lpsgd", "lpsgdm", "lion"])
 def test_a_continued_run_is_bit_identical(name: str, steps: int, tmp_path: Path) -> None:
     run = replace(SPEC, optimizer=name, options=resolve_options(DIABETES, optimizers()[name], {"lr": 0.02}))
     (tmp_path / "whole").mkdir()

@@ -23,7 +23,8 @@ def test_a_wrong_task_is_answered_with_the_nearest(wrong: str, right: str) -> No
 
 
 def test_a_wrong_optimizer_is_answered_with_all() -> None:
-    with pytest.raises(UnknownNameError, match="Known: adam, adamw, kfac, kfac-2x, fop, lbfgs, sgd, sven"):
+    known = "adam, adamw, kfac, kfac-2x, fop, lbfgs, lpsgd, lpsgdm, signsgd, signum, lion, sgd, sgd-plain, sven"
+    with pytest.raises(UnknownNameError, match=f"Known: {known}"):
         get_optimizer("zzz")
 
 

@@ -4,20 +4,28 @@ from steepest.linalg.kronecker import Cholesky, Eigenbasis, EigenbasisCorrected
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.fop import FOP, LayerDiagnostics
 from steepest.optim.kfac import KFAC, KFACDiagnostics
+from steepest.optim.lpsgd import LPSGD, LPSGDM, LPSGDDiagnostics
+from steepest.optim.p_schedules import ConstantP, CosineAnnealingP, LinearAnnealingP
 from steepest.optim.solvers import Damped, RandomizedSVD, Solution, Solver, TruncatedEigh, TruncatedSVD
 from steepest.optim.sven import Sven, SvenDiagnostics
 
 __all__ = [
     "FOP",
     "KFAC",
+    "LPSGD",
+    "LPSGDM",
     "Cholesky",
+    "ConstantP",
+    "CosineAnnealingP",
     "Damped",
     "Eigenbasis",
     "EigenbasisCorrected",
     "Empirical",
     "Exact",
     "KFACDiagnostics",
+    "LPSGDDiagnostics",
     "LayerDiagnostics",
+    "LinearAnnealingP",
     "MonteCarlo",
     "RandomizedSVD",
     "Solution",

@@ -12,16 +12,17 @@ from steepest.errors import NonFiniteError
 __all__ = ["adamw_step", "check_magnitude", "decay", "descend"]
 
 
-def decay(params: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float) -> None:
+def decay(params: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float, capturable: bool = False) -> None:
     """Decoupled weight decay, ``theta <- (1 - lr * weight_decay) theta``, in place.
 
     Args:
         params: Parameters.
         lr: Learning rate.
         weight_decay: Decay.
+        capturable: Leave a tensor lr on its device instead of reading it.
     """
     if weight_decay != 0:
-        torch._foreach_mul_(list(params), 1 - float(lr) * weight_decay)
+        torch._foreach_mul_(list(params), 1 - (lr if capturable else float(lr)) * weight_decay)
 
 
 def check_magnitude(value: float, dtype: torch.dtype, remedy: str) -> None:

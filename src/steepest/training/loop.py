@@ -1,7 +1,8 @@
 """The training loop: one function for all optimizers.
 
 The clock runs only while an optimizer takes its step (forward and backward included). Cutting batches,
-evaluation, the learning-rate schedule, checkpoints and the check for divergence are outside of it.
+evaluation, the schedules of the learning rate and of other options, checkpoints and the check for divergence are
+outside of it.
 """
 
 import time
@@ -99,6 +100,7 @@ class Trainer:
             for inputs, targets in self._rest_of_epoch():
                 before_step()
                 self._set_lr()
+                self.entry.anneal(self.optimizer, self._fraction())
                 loss = self._timed_step(step, inputs, targets)
                 if loss is not None and not isfinite(loss):
                     raise DivergedError(f"the loss of step {progress.steps} is {loss}")

@@ -20,6 +20,10 @@ def _no_diagnostics(_optimizer: torch.optim.Optimizer) -> Diagnosis:
     return {}
 
 
+def _no_schedule(_optimizer: torch.optim.Optimizer, _fraction: float) -> None:
+    """What an optimizer whose options stay as they are does before a step."""
+
+
 @dataclass(frozen=True)
 class OptimizerEntry:
     """One entry of the optimizer registry.
@@ -34,6 +38,9 @@ class OptimizerEntry:
         lr_range: Smallest and largest learning rate of the tuning grid.
         options: Options that differ from the constructor's defaults in every task.
         kind_options: The same for the tasks of one kind.
+        anneal: Sets options that follow the budget, other than the learning rate; called before every step with the
+            optimizer and the part of the budget that is spent, 0 to 1. It must depend on nothing else, so that a
+            continued run goes on with the same values.
         diagnose: Numbers about the last step, and rows of numbers, for the records.
         colour: Its colour in plots.
     """
@@ -47,6 +54,7 @@ class OptimizerEntry:
     lr_range: tuple[float, float]
     options: Mapping[str, object] = field(default_factory=dict)
     kind_options: Mapping[Kind, Mapping[str, object]] = field(default_factory=dict)
+    anneal: Callable[[torch.optim.Optimizer, float], None] = _no_schedule
     diagnose: Callable[[torch.optim.Optimizer], Diagnosis] = _no_diagnostics
     colour: str = "#444444"
 
