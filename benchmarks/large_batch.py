@@ -1,6 +1,6 @@
 """KFAC and FOP against SGD, AdamW and KFAC at twice the learning rate, over batch sizes and on long tails.
 
-    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion cifar] [--out runs/large_batch]
+    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion fashion_long cifar] [--out runs/large_batch]
 
 Every optimizer's learning rate is tuned at every batch size by 4 trials on 3 other seeds; for CIFAR-10, an epoch of
 which takes a quarter of a minute on a CPU, in trials of 2 epochs. The goal is a validation accuracy. An
@@ -48,6 +48,10 @@ STUDIES = {
         "0.84",
         ("512", "2048", "8192", "all"),
         needs_files=True,
+    ),
+    # Where an epoch is six steps, or one, ten epochs are no training.
+    "fashion_long": Study(
+        ("fashion_mnist", "-o", RIVALS, "--seeds", "3", "--epochs", "40"), "0.84", ("8192", "all"), needs_files=True
     ),
     # An eighth of the channels of a ResNet-18 and one block in each of three stages: what a CPU can do.
     "cifar": Study(
