@@ -1,6 +1,6 @@
 """KFAC and FOP against SGD, AdamW and KFAC at twice the learning rate, over batch sizes and on long tails.
 
-    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion fashion_long cifar] [--out runs/large_batch]
+    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion fashion_long cifar] [--out FOLDER]
 
 Every optimizer's learning rate is tuned at every batch size by 4 trials on 3 other seeds; for CIFAR-10, an epoch of
 which takes a quarter of a minute on a CPU, in trials of 2 epochs. The goal is a validation accuracy. An
