@@ -66,6 +66,18 @@ def test_as_many_positions_as_samples(batch_first: bool) -> None:
     check(Net(run, a=L(WIDTH, 3), b=L(3, 2)).double(), points(ROWS, ROWS))
 
 
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_one_sample_with_huge_gradients_does_not_hide_the_others(rows: int) -> None:
+    """Only the last position counts, and nearly all of the gradient belongs to the first sample."""
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        return net.a(x).tanh()[:, -1] * torch.tensor([100.0] + [1.0] * (rows - 1), dtype=x.dtype).unsqueeze(1)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        check(Net(run, a=L(WIDTH, 3)).double(), points(rows, rows))
+
+
 def test_the_output_may_be_nested_and_have_other_tensors() -> None:
     def run(net: Net, x: Tensor) -> Any:
         h = net.a(x.transpose(0, 1).reshape(-1, WIDTH)).tanh().view(LENGTH, ROWS, 3)

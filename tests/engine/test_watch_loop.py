@@ -151,3 +151,24 @@ def test_autocast_is_seen_in_full_precision() -> None:
         assert out.dtype == torch.bfloat16
         assert all(grad.dtype == torch.float32 for grad in seen.sums().values())
         seen.check(2e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 4, 5)])
+def test_an_empty_batch_is_seen_as_one(shape: tuple[int, ...]) -> None:
+    model = nn.Linear(5, 3)
+    with Seen(model) as seen:
+        model(torch.randn(shape)).sum().backward()
+        assert [record.num_rows for record in seen.records] == [0]
+
+
+@pytest.mark.parametrize("layer", [L(5, 3), nn.Conv1d(5, 3, 1)], ids=["linear", "convolution"])
+def test_layers_that_are_frozen_later_are_passed_over(layer: nn.Module) -> None:
+    """As where only one of two networks is trained in turn."""
+    model = Net(lambda n, x: n.b(n.a(x).flatten(1)), a=layer, b=L(3, 2))
+    x = torch.randn(4, 5, *[1] * isinstance(layer, nn.Conv1d))
+    with Seen(model) as seen:
+        for trained, names in ((False, {"b.weight"}), (True, {"a.weight", "b.weight"})):
+            model.a.requires_grad_(trained)
+            seen.records.clear()
+            model(x).square().sum().backward()
+            assert {record.names[0] for record in seen.records} == names

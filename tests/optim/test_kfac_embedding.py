@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import steepest as st
 from optim.kfac_runs import DOUBLE, EVERY, FISHERS, SOLVERS
 from steepest.errors import CaptureError, InvalidOptionError, UnsupportedModelError
+from zoo_parts import Net
 
 VOCABULARY, WIDTH, CLASSES, LENGTH, BATCH = 7, 4, 3, 5, 6
 
@@ -151,3 +152,95 @@ def test_an_embedding_of_positions_is_refused_by_name(teaches: Callable[[Excepti
     F.cross_entropy(model(torch.randn(BATCH, LENGTH, WIDTH, dtype=DOUBLE)), batch()[1]).backward()
     opt.step()
     opt.close()
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (16,), (1, 16)])
+@pytest.mark.parametrize("make", [st.KFAC, st.FOP])
+def test_positions_whose_number_fits_the_batch_by_chance_are_no_batch(
+    make: Any, shape: tuple[int, ...], teaches: Callable[[Exception], None]
+) -> None:
+    """As in a language model of 16 positions trained with batches of 8 or 16; expanded, they are the batch."""
+    length = shape[-1]
+    table, head = nn.Embedding(length, WIDTH, dtype=DOUBLE), nn.Linear(WIDTH, CLASSES, dtype=DOUBLE)
+
+    def run(net: Net, x: Tensor) -> Tensor:
+        positions = torch.arange(length).view(shape)
+        return net.head((x + net.table(positions.expand(len(x), -1) if net.expanded else positions)).tanh().mean(1))
+
+    model, x = Net(run, table=table, head=head), torch.randn(8, length, WIDTH, dtype=DOUBLE)
+    opt = make(model, embeddings="kronecker")
+    model.expanded = False
+    with pytest.raises(UnsupportedModelError, match=r"'table\.weight'.*8 samples.*all of them alike") as caught:
+        model(x)
+    teaches(caught.value)
+    opt.close()
+    opt = make(model, embeddings="kronecker")
+    model.expanded = True
+    model(x).square().mean().backward()
+    opt.step()
+
+
+def test_tokens_that_count_up_and_are_the_batch_are_taken() -> None:
+    """The samples of a whole data set in their order, each with an embedding of its own."""
+    model = nn.Sequential(nn.Embedding(9, WIDTH), nn.Linear(WIDTH, CLASSES))
+    opt = st.KFAC(model, embeddings="kronecker")
+    F.cross_entropy(model(torch.arange(9)), torch.arange(9) % CLASSES).backward()
+    opt.step()
+    assert opt.state[model[0].weight]["input_factor"].shape == (9,)
+
+
+@pytest.mark.parametrize("of_table", [True, False])
+@pytest.mark.parametrize("make", [st.KFAC, st.FOP])
+def test_a_weight_that_is_table_and_matrix_at_once_is_refused_by_name(
+    make: Any, of_table: bool, teaches: Callable[[Exception], None]
+) -> None:
+    """Tied by a call, which no look at the modules finds; in a square one both factors have the shapes of the other."""
+    layer = nn.Embedding(WIDTH, WIDTH) if of_table else nn.Linear(WIDTH, WIDTH, bias=False)
+    model = Net(lambda n, x: F.linear(F.embedding(x, n.layer.weight).tanh().mean(1), n.layer.weight), layer=layer)
+    opt = make(model, embeddings="kronecker")
+    tokens = torch.randint(0, WIDTH, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModelError, match=r"'layer\.weight'.*table of an embedding") as caught:
+        model(tokens)
+    teaches(caught.value)
+    opt.close()
+    opt = make(model, embeddings="kronecker", skip="layer")
+    model(tokens).square().mean().backward()
+    opt.step()
+
+
+@pytest.mark.parametrize("make", [st.KFAC, st.FOP])
+def test_a_batch_without_tokens_teaches_an_embedding_nothing(make: Any) -> None:
+    table, head = nn.Embedding(VOCABULARY, WIDTH, dtype=DOUBLE), nn.Linear(WIDTH, CLASSES, dtype=DOUBLE)
+    model = Net(lambda n, x: n.head(n.table(x).tanh().sum(1)), table=table, head=head)
+    opt = make(model, lr=0.1, momentum=0.0, embeddings="kronecker", **EVERY)
+    for tokens in (batch()[0], torch.zeros(BATCH, 0, dtype=torch.int64)):
+        before = table.weight.detach().clone()
+        factor = opt.state[table.weight].get("input_factor")
+        opt.zero_grad()
+        F.cross_entropy(model(tokens), batch()[1]).backward()
+        opt.step()
+    torch.testing.assert_close(table.weight.detach(), before, rtol=0, atol=0)
+    torch.testing.assert_close(opt.state[table.weight]["input_factor"], factor, rtol=0, atol=0)
+
+
+def test_an_embedding_left_to_adamw_needs_no_word_about_the_loss() -> None:
+    """Without layers that have factors nothing depends on how many terms the loss has."""
+    model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH))
+    opt = st.KFAC(model)
+    before = model[0].weight.detach().clone()
+    model(batch()[0]).square().mean().backward()
+    opt.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_an_embedding_that_is_frozen_later_stays_and_the_rest_is_trained() -> None:
+    model = Words(one_hot=False)
+    opt = st.KFAC(model, lr=0.1, embeddings="kronecker")
+    for frozen in (False, True):
+        model.table.requires_grad_(not frozen)
+        before = [p.detach().clone() for p in (model.table.weight, model.head.weight)]
+        opt.zero_grad()
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        opt.step()
+        assert torch.equal(model.table.weight, before[0]) == frozen
+        assert not torch.equal(model.head.weight, before[1])

@@ -260,6 +260,16 @@ def test_skipped_steps_are_counted_across_a_resume() -> None:
     assert "momentum_buffer" in other.state_dict()["state"][0]
 
 
+def test_the_first_group_may_have_no_parameters() -> None:
+    x = torch.nn.Parameter(torch.ones(2))
+    opt = st.LPSGD([{"params": []}, {"params": [x]}], on_nonfinite="skip")
+    assert opt.diagnostics.num_skipped == 0
+    x.grad = torch.tensor([1.0, torch.nan])
+    with pytest.warns(RuntimeWarning, match="Step skipped"):
+        opt.step()
+    assert opt.diagnostics.num_skipped == 1
+
+
 @pytest.mark.parametrize("change", [{"lr": 0.2}, {"weight_decay": 0.3}])
 def test_torchs_schedules_and_hands_may_change_a_group(change: dict[str, float]) -> None:
     a, b = grown([5]), grown([5])

@@ -57,6 +57,12 @@ def test_p_stays_at_the_end(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ANNEALING)
+@pytest.mark.parametrize("p_max", [11.12, 1e17, 1e300])
+def test_however_large_p_is_it_ends_at_p_min(kind: Any, p_max: float) -> None:
+    assert values(kind(made(p_max), T_max=3, p_min=2.35), 4)[2:] == [2.35, 2.35]
+
+
+@pytest.mark.parametrize("kind", ANNEALING)
 @pytest.mark.parametrize("hold", [0, 1, 3, 7])
 def test_a_warm_hold_delays_the_descent(kind: Any, hold: int) -> None:
     found = values(kind(made(4.0), T_max=8, warm_hold=hold), 8)
@@ -175,6 +181,14 @@ def test_what_has_no_p_is_told() -> None:
         st.CosineAnnealingP(sgd, T_max=3)
     with pytest.raises(st.InvalidOptionError, match="Linear is no torch"):
         st.CosineAnnealingP(torch.nn.Linear(1, 1), T_max=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [st.ConstantP, st.CosineAnnealingP])
+def test_a_tensor_of_integers_cannot_be_scheduled(kind: Any) -> None:
+    opt = made(torch.tensor(4))
+    with pytest.raises(st.InvalidOptionError, match=r"p of parameter group 0 is a tensor of torch\.int64"):
+        kind(opt, **({} if kind is st.ConstantP else {"T_max": 3}))
+    assert "initial_p" not in opt.param_groups[0]
 
 
 def test_groups_that_came_later_are_told() -> None:

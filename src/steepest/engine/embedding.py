@@ -13,7 +13,7 @@ from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 from steepest.linalg.factors import product
 from steepest.linalg.outer import MeanOuter
 
-__all__ = ["EmbeddingRecord", "embedding"]
+__all__ = ["EmbeddingRecord", "EmbeddingUse", "embedding"]
 
 
 class EmbeddingRecord(Record):

@@ -70,7 +70,7 @@ def candidates(lead: tuple[int, ...], rows: int) -> Iterator[Layout]:
         if size == rows:
             yield Layout(dim)
     for dim, size in enumerate(lead):
-        if size > rows and size % rows == 0:
+        if 0 < rows < size and size % rows == 0:
             yield Layout(dim, size // rows)
             if rows > 1:
                 yield Layout(dim, size // rows, shared_major=True)

@@ -43,29 +43,31 @@ def settle(
     half = torch.zeros(rows)
     half[torch.randperm(rows, generator=generator)[: rows // 2]] = 1
     edges: list[Any] = [use.edge for use in uses]
-    within = [[torch.zeros((), device=roots[0].device) for _ in options] for options in possible]
-    whole = [torch.zeros((), device=roots[0].device) for _ in uses]
+    shares = [[torch.zeros((), device=roots[0].device) for _ in options] for options in possible]
+    passes = [torch.zeros((), device=roots[0].device) for _ in uses]
     for chosen in (half, 1 - half):
         weights = [_weights(root, chosen, generator) for root in roots]
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             roots, edges, weights, retain_graph=True, allow_unused=True
         )
         for i, (use, grad) in enumerate(zip(uses, grads, strict=True)):
-            if grad is None:
+            if grad is None or grad.numel() == 0:
                 continue
             energy = grad.reshape(use.sizes).float().square()
-            whole[i] = whole[i] + energy.sum()
+            whole = energy.sum()
+            passes[i] = passes[i] + (whole != 0)
             for j, layout in enumerate(possible[i]):
                 mine = layout.split(energy).flatten(1).sum(1) @ chosen.to(energy.device)
-                within[i][j] = within[i][j] + mine
-    found = [_best(*item, rows) for item in zip(uses, possible, within, whole, strict=True)]
+                # Shares, and not sums of both passes: one sample may have far larger gradients than all others.
+                shares[i][j] = shares[i][j] + torch.where(whole != 0, mine / whole, 0)
+    found = [_best(*item, rows) for item in zip(uses, possible, shares, passes, strict=True)]
     return tuple(layout for layout, _ in found), all(certain for _, certain in found)
 
 
 def _best(
-    use: Use, possible: Sequence[Layout], within: Sequence[Tensor], whole: Tensor, rows: int
+    use: Use, possible: Sequence[Layout], shares: Sequence[Tensor], passes: Tensor, rows: int
 ) -> tuple[Layout, bool]:
-    *parts, total = torch.stack([*within, whole]).tolist()
+    *parts, total = torch.stack([*shares, passes]).tolist()
     if total == 0:
         return possible[0], False
     ranked = sorted(range(len(parts)), key=lambda i: -parts[i])

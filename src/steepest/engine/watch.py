@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from steepest.engine.embedding import EmbeddingUse
 from steepest.engine.layout import Layout, candidates
 from steepest.engine.records import Record
 from steepest.engine.rules import COMPOSITE, RULES
@@ -78,7 +79,7 @@ class _WatchMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         slots = self.tape.slots_in(args, kwargs)
-        if not slots:
+        if not any(slot.tensor.requires_grad for slot in slots):  # they may have been frozen since
             return func(*args, **kwargs)
         if func in COMPOSITE:
             before = len(self.tape.uses)
@@ -176,7 +177,7 @@ class Watch(Generic[_Note]):
         params: The parameters to watch, weights and biases of Linear and convolution layers, by qualified name.
         is_due: Asked at every forward with gradients whether it is to be watched.
         exact_rows: Whether it matters which entries of an output belong to which sample. Where the sizes leave that
-            open, the first batch of a shape is differentiated twice more to find it out.
+            open, the first batch of a shape is differentiated twice more to find it out; with embeddings it always is.
         on_forward: Called after a watched forward, before the caller's backward. What it returns is handed to
             ``on_gradient``; it must not hold the output, or the graph would hold itself.
         on_gradient: Called during the caller's backward with that and the record of every use, when it is known.
@@ -247,8 +248,13 @@ class Watch(Generic[_Note]):
         """Where the samples are in the output of every use."""
         possible = [_possible(use, rows, batches.get(use)) for use in uses]
         layouts = [options[0] for options in possible]
-        unclear = [i for i, options in enumerate(possible) if len(options) > 1]
-        if not self._exact_rows or rows == 1 or not unclear:
+        unclear = [
+            i
+            for i, (use, options) in enumerate(zip(uses, possible, strict=True))
+            # Positions, which are the same for all samples, may be as many as there are samples.
+            if isinstance(use, EmbeddingUse) or (self._exact_rows and len(options) > 1)
+        ]
+        if rows == 1 or not unclear:
             return layouts
         key = (rows, *((use.names, use.sizes) for use in uses))
         found = self._settled.get(key)

@@ -143,8 +143,10 @@ class KroneckerEigen(EigenDecomposition):
 
     def resolved(self) -> Tensor:
         """Return where both eigenvalues are more than the rounding of their factor."""
-        grad, input_ = (values > _rounding(values, len(values)) for values in (self.grad_values, self.input_values))
-        return grad.unsqueeze(1) & input_
+        grad = self.grad_values > _rounding(self.grad_values, len(self.grad_values))
+        # The entries of a diagonal factor are no result of a decomposition.
+        least = 0 if self.input_basis.ndim == 1 else _rounding(self.input_values, len(self.input_values))
+        return grad.unsqueeze(1) & (self.input_values > least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +169,8 @@ class CorrectedEigen(EigenDecomposition):
 
     def resolved(self) -> Tensor:
         """Return where the moment is more than rounding of the largest."""
+        if self.input_basis.ndim == 1:  # every column has been measured for itself
+            return self.moment > _rounding(self.moment, len(self.moment), column=True)
         return self.moment > _rounding(self.moment, max(self.moment.shape))
 
     def observed(self, inputs: Tensor, output_grads: Tensor, decay: float) -> "CorrectedEigen":
@@ -242,6 +246,6 @@ class KroneckerInverse(Decomposition):
         return dual
 
 
-def _rounding(values: Tensor, size: int) -> Tensor:
-    """Size below which values computed beside the largest of them are rounding."""
-    return values.amax() * (size * torch.finfo(values.dtype).eps)
+def _rounding(values: Tensor, size: int, *, column: bool = False) -> Tensor:
+    """Size below which values computed beside the largest of them, or of their column, are rounding."""
+    return (values.amax(0) if column else values.amax()) * (size * torch.finfo(values.dtype).eps)

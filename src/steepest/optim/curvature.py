@@ -39,7 +39,7 @@ class Gathered:
             decomposition: The one in use; if it learns from gradients, their squares in its basis are summed too.
         """
         factors = record.kronecker_factors(sharing)
-        if factors is None:
+        if factors is None or not factors.positions:  # of no positions there is no mean
             return
         self.positions += factors.positions
         self.input = _plus(self.input, factors.input_factor, factors.positions)

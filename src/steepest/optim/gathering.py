@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from steepest._typing import Sharing
 from steepest._validation import check_choice
 from steepest.engine.records import Record
+from steepest.engine.tape import Use
 from steepest.engine.watch import Pass, Watch
-from steepest.errors import CaptureError, InvalidOptionError
+from steepest.errors import CaptureError, InvalidOptionError, UnsupportedModelError
 from steepest.linalg.decompositions import Decomposition
 from steepest.optim.blocks import Block
 from steepest.optim.curvature import Gathered
@@ -124,8 +125,10 @@ class Gathering:
 
     def _forward(self, seen: Pass) -> _Batch | None:
         step = self._due()
-        if step is None:
+        if step is None or not seen.uses:
             return None
+        for use, _ in seen.uses:
+            self._refuse_foreign(use)
         recipe = self._recipe
         if not isinstance(recipe.fisher, OutputFisher):
             counted = recipe.reduction == "mean"
@@ -141,6 +144,16 @@ class Gathering:
             for root, weight in recipe.fisher.roots(seen.output, (step, number)):
                 batch.records += [(record, weight) for record in seen.records(seen.output, root)]
         return batch
+
+    def _refuse_foreign(self, use: Use) -> None:
+        """Refuse a call of a layer's parameters as those of another kind of layer: its factors are other ones."""
+        block = self._blocks.get(use.names[0])
+        if block is None or set(use.names) != set(block.names) or (use.function == "embedding") != block.is_table:
+            raise UnsupportedModelError(
+                f"The parameters of {use} are not called as in the layer that they belong to, as where a linear layer "
+                "takes the table of an embedding: it has other Kronecker factors. Remedy: leave the layer to AdamW "
+                "with skip=, or call only the layer itself."
+            )
 
     def _gradient(self, batch: _Batch | None, record: Record) -> None:
         if self._on_record is not None:

@@ -155,8 +155,12 @@ class LPSGD(Optimizer):
     @property
     def diagnostics(self) -> LPSGDDiagnostics:
         """What has happened so far."""
-        first = self.param_groups[0]["params"][0]
-        return LPSGDDiagnostics(self.state.get(first, {}).get("num_skipped", 0))
+        return LPSGDDiagnostics(self.state.get(self._first(), {}).get("num_skipped", 0))
+
+    def _first(self) -> Tensor:
+        """The parameter with which the state of the optimizer as a whole is kept."""
+        first: Tensor = next(param for group in self.param_groups for param in group["params"])
+        return first
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -203,7 +207,7 @@ class LPSGD(Optimizer):
         message = "A gradient holds NaN or infinity; parameters and optimizer state are unchanged."
         if options["on_nonfinite"] == "raise":
             raise NonFiniteError(f"{message} Remedy: lower lr, or skip such steps with on_nonfinite='skip'.")
-        first = self.state[self.param_groups[0]["params"][0]]
+        first = self.state[self._first()]
         first["num_skipped"] = first.get("num_skipped", 0) + 1
         warnings.warn(f"Step skipped: {message}", RuntimeWarning, stacklevel=5)
         return False

@@ -45,7 +45,7 @@ def linear_p(p_max: float, p_min: float, fraction: float) -> float:
         >>> linear_p(4.0, 2.0, 0.25)
         3.5
     """
-    return p_max + (p_min - p_max) * fraction
+    return p_min + (p_max - p_min) * (1 - fraction)  # p_min at the end, also where p_max is huge
 
 
 class PScheduler:
@@ -60,7 +60,7 @@ class PScheduler:
         last_epoch: Number of the last period; -1 to begin.
 
     Raises:
-        InvalidOptionError: If a group has no p, or none to go on from.
+        InvalidOptionError: If a group has no p, one that cannot be scheduled, or none to go on from.
     """
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
@@ -73,6 +73,11 @@ class PScheduler:
                 raise InvalidOptionError(
                     f"Parameter group {number} of {type(optimizer).__name__} has no p to schedule: use steepest.LPSGD "
                     "or steepest.LPSGDM."
+                )
+            if isinstance(group["p"], Tensor) and not group["p"].is_floating_point():
+                raise InvalidOptionError(
+                    f"p of parameter group {number} is a tensor of {group['p'].dtype}, which cannot hold what lies "
+                    "between integers: give a tensor of floating-point numbers, or a number."
                 )
             if last_epoch == -1:
                 group.setdefault("initial_p", float(group["p"]))
