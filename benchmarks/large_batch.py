@@ -97,6 +97,7 @@ def rows_of(summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for row in summary["rows"]:
         numbers, reach = row["numbers"], goal.get(row["label"], {})
         rows.append({
+            "study": folder.name,
             "task": summary["task"],
             "batch": batch,
             "optimizer": row["optimizer"],
@@ -116,11 +117,11 @@ def rows_of(summary: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("studies", nargs="*", default=list(STUDIES), choices=[*STUDIES, []], metavar="study")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="study")
     parser.add_argument("--out", type=Path, default=Path("runs/large_batch"))
     given = parser.parse_args()
     rows = []
-    for name in given.studies:
+    for name in given.studies or STUDIES:
         if STUDIES[name].needs_files and "STEEPEST_DATA" not in os.environ:
             print(f"{name} skipped: STEEPEST_DATA is not set")
             continue

@@ -139,12 +139,12 @@ def draw(rows: Iterable[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("studies", nargs="*", default=list(STUDIES), choices=[*STUDIES, []], metavar="study")
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="study")
     parser.add_argument("--out", type=Path, default=Path("runs/lpsgd_p_max"))
     parser.add_argument("--quick", action="store_true", help="one epoch, two trials, two seeds; no record")
     given = parser.parse_args()
     rows: list[Row] = []
-    for name in given.studies:
+    for name in given.studies or STUDIES:
         study = STUDIES[name]
         if study.needs_files and "STEEPEST_DATA" not in os.environ:
             print(f"{name} skipped: STEEPEST_DATA is not set")
