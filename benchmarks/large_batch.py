@@ -1,6 +1,6 @@
 """KFAC and FOP against SGD, AdamW and KFAC at twice the learning rate, over batch sizes and on long tails.
 
-    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail fashion fashion_long cifar] [--out FOLDER]
+    STEEPEST_DATA=... python benchmarks/large_batch.py [digits longtail ...] [--out FOLDER]
 
 Every optimizer's learning rate is tuned at every batch size by 4 trials on 3 other seeds; for CIFAR-10, an epoch of
 which takes a quarter of a minute on a CPU, in trials of 2 epochs. The goal is a validation accuracy. An
@@ -52,6 +52,14 @@ STUDIES = {
     # Where an epoch is six steps, or one, ten epochs are no training.
     "fashion_long": Study(
         ("fashion_mnist", "-o", RIVALS, "--seeds", "3", "--epochs", "40"), "0.84", ("8192", "all"), needs_files=True
+    ),
+    "fashion_longtail": Study(
+        (
+            *("fashion_mnist_cnn_lt50", "fashion_mnist_cnn_lt100", "--model", "mlp:32,32,32", "--batch-size", "512"),
+            *("-o", RIVALS, "--seeds", "3", "--epochs", "10"),
+        ),
+        "0.7",
+        needs_files=True,
     ),
     # An eighth of the channels of a ResNet-18 and one block in each of three stages: what a CPU can do.
     "cifar": Study(
