@@ -97,7 +97,7 @@ def _trials(settings: CompareSettings, specs: Sequence[RunSpec]) -> list[RunSpec
 
 def _subtitle(settings: CompareSettings, records: Sequence[RunRecord]) -> str:
     machine = records[0].environment.get("gpu") or records[0].environment.get("cpu")
-    return f"median and range of {settings.seeds} seeds, {settings.schedule} learning rate, {machine}"
+    return f"{settings.seeds} seeds, {settings.schedule} learning rate, {machine}"
 
 
 def _print_choices(console: Console, choices: Sequence[Choice]) -> None:

@@ -122,7 +122,7 @@ def save_plots(cell: Cell, folder: Path, *, goal: Goal | None = None, subtitle: 
         cell: Runs that may be compared.
         folder: Where to, made when missing.
         goal: Who reached what when.
-        subtitle: Line under the title.
+        subtitle: Of what the lines are medians and ranges: the line under the title.
 
     Returns:
         The files.
@@ -139,7 +139,8 @@ def _save_curves(cell: Cell, place: Path, goal: Goal | None, subtitle: str) -> l
     what = f"validation {cell.problem.loss}" if measure == LOSS else measure.words
     series = series_of(cell, measure)
     longest = longest_label([item.label for item in series[:MOST_COLOURED]] + ([f"goal {goal.text}"] if goal else []))
-    with file_axes(f"{cell.title}: {what}", subtitle, longest) as (figure, axes):
+    under = subtitle and f"median and range of {subtitle}"
+    with file_axes(f"{cell.title}: {what}", under, longest) as (figure, axes):
         draw_curves(axes, series, FilePaint(), "seconds", measure=measure, goal=value, width=2.2)
         label_ends(figure, axes, series, FilePaint(), "seconds", most=MOST_COLOURED, length=longest, goal=goal)
         return save_figure(figure, place)

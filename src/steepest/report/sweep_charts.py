@@ -148,7 +148,7 @@ def save_sweep_plots(sweep: Sweep, folder: Path, *, subtitle: str = "") -> list[
     Args:
         sweep: The sweep.
         folder: Where to, made when missing.
-        subtitle: Line under the titles.
+        subtitle: Of what the marks are medians: the line under the titles.
 
     Returns:
         The files.
@@ -157,7 +157,8 @@ def save_sweep_plots(sweep: Sweep, folder: Path, *, subtitle: str = "") -> list[
     for chart in charts_of(sweep):
         series = sweep_series(sweep, chart.read)
         longest = longest_label([item.name for item in series if item.band is not None])
-        with file_axes(f"{name}: {chart.caption[0].lower()}{chart.caption[1:]}", subtitle, longest) as (figure, axes):
+        title = f"{name}: {chart.caption[0].lower()}{chart.caption[1:]}"
+        with file_axes(title, subtitle and f"median of {subtitle}", longest) as (figure, axes):
             draw_sweep(axes, sweep, chart, series, FilePaint(), width=2.2)
             label_ends(figure, axes, series, FilePaint(), "epochs", most=MOST_COLOURED, length=longest)
             files += save_figure(figure, folder / f"{sweep.stem}-{chart.key}")
