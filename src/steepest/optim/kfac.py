@@ -263,7 +263,7 @@ class KFAC(LayerOptimizer):
     @property
     def _memory(self) -> dict[str, Any]:
         """State of the optimizer as a whole; kept with the first parameter, as in torch.optim.LBFGS."""
-        state: dict[str, Any] = self.state[self._trained()[0]]
+        state: dict[str, Any] = self.state[next(p for group in self.param_groups for p in group["params"])]
         if "steps" not in state:
             state.update(steps=0, num_skipped=0)
         return state
@@ -319,14 +319,16 @@ class KFAC(LayerOptimizer):
         if scale is None:
             return  # the GradScaler found infinity: it skips the step, as with every optimizer
         self._check_gradients()
+        every = _at("factor_update_steps", self._factor_update_steps, memory["steps"])
+        period = -(-_at("inverse_update_steps", self._inverse_update_steps, memory["steps"]) // every)
         plan = [
-            (group, [self._planned(block, group, scale) for block in self._blocks_of(group)])
+            (group, [self._planned(block, group, scale, period) for block in self._blocks_of(group)])
             for group in self._layer_groups()
         ]
         self._finish(plan, scale)
 
-    def _planned(self, block: Block, group: dict[str, Any], scale: float) -> Planned:
-        curvature, gradient = self._refreshed(block, group, scale), self._gradient(block, scale)
+    def _planned(self, block: Block, group: dict[str, Any], scale: float, period: int) -> Planned:
+        curvature, gradient = self._refreshed(block, group, scale, period), self._gradient(block, scale)
         return Planned(block, curvature, gradient, self._direction(block, gradient, curvature, group))
 
     def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
@@ -367,8 +369,8 @@ class KFAC(LayerOptimizer):
                 "raise damping, clip with kl_clip, or skip such steps with on_nonfinite='skip'."
             )
 
-    def _refreshed(self, block: Block, group: dict[str, Any], scale: float) -> Curvature:
-        """The curvature of a layer after this step's samples."""
+    def _refreshed(self, block: Block, group: dict[str, Any], scale: float, period: int) -> Curvature:
+        """The curvature of a layer after this step's samples, decomposed anew after so many updates."""
         curvature, gathering = self._curvature(block), self._gathered()
         part = gathering.parts.get(block.names[0])
         if part is not None and part.input is not None:
@@ -379,9 +381,7 @@ class KFAC(LayerOptimizer):
                 f"Layer {block.name!r} has a gradient and its forward was never seen: call the model itself in the "
                 "loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
             )
-        step = self._memory["steps"]
-        every = _at("factor_update_steps", self._factor_update_steps, step)
-        if curvature.is_stale(-(-_at("inverse_update_steps", self._inverse_update_steps, step) // every)):
+        if curvature.is_stale(period):
             try:
                 return curvature.decomposed(self._solver, group["damping"])
             except DecompositionError as error:
