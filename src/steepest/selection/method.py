@@ -1,0 +1,104 @@
+"""What a selection method is: passes over per-sample rows in the data's own order, then a choice."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from steepest.engine import Jacobian
+
+__all__ = ["Method", "Picked", "Rows", "Run", "Scope"]
+
+Scope = str | tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One batch of samples as a method sees it: the model is fixed and in eval mode, the order the data's own.
+
+    Args:
+        indices: ``[B]``, int64 on the CPU: positions in the data.
+        labels: ``[B]``, int64 on the CPU; None where the data has no whole-number labels.
+        losses: ``[B]``, detached, on the model's device.
+        jacobian: Of the losses in the parameters of the method's scope.
+        last: Qualified name of the weight of the last layer in the scope, whose inputs and output gradients
+            `Jacobian.layer_rows` gives.
+    """
+
+    indices: Tensor
+    labels: Tensor | None
+    losses: Tensor
+    jacobian: Jacobian
+    last: str
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """What a method chose.
+
+    Args:
+        indices: ``[k]``, int64, ascending, on the CPU.
+        scores: ``[N]``, float32: the method's number for every sample, kept or not; None where it has none.
+        weights: ``[k]``, float32 with mean 1, in the order of ``indices``.
+        notes: What a user should be told, a sentence each.
+        numbers: Measured by the way, for the report.
+    """
+
+    indices: Tensor
+    scores: Tensor | None
+    weights: Tensor
+    notes: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Run(ABC):
+    """One selection under way. All that it has learnt is in its state, so that it can be interrupted and go on.
+
+    Attributes:
+        passes: How many times it goes through the data.
+    """
+
+    passes: int
+
+    @abstractmethod
+    def update(self, number: int, rows: Rows) -> None:
+        """Take the next batch of pass ``number``, counted from 0."""
+
+    def end_pass(self, number: int) -> None:
+        """Conclude pass ``number``."""
+
+    def reads(self, number: int) -> Literal["data", "reference"]:
+        """What pass ``number`` goes through: the data to choose from, or the reference set."""
+        del number
+        return "data"
+
+    @abstractmethod
+    def pick(self, count: int, labels: Tensor | None) -> Picked:
+        """Choose ``count`` samples after the last pass; ``labels`` are those of all samples, ``[N]``."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything learnt so far, in tensors and plain values that `torch.load(weights_only=True)` reads."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state."""
+
+
+class Method(ABC):
+    """A way to choose, with its options: children are frozen dataclasses.
+
+    Attributes:
+        name: Name on the command line.
+        scope: Whose gradients it looks at: "last" (the last layer with a weight that the model calls), "all", or
+            qualified names of modules.
+    """
+
+    name: ClassVar[str]
+    scope: Scope
+
+    @abstractmethod
+    def begin(self) -> Run:
+        """Start a selection."""
