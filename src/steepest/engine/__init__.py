@@ -3,5 +3,6 @@
 from steepest.engine.capture import Capture, Rows, named_trainable
 from steepest.engine.jacobian import Jacobian
 from steepest.engine.reference import ReferenceCapture
+from steepest.engine.scope import last_layer
 
-__all__ = ["Capture", "Jacobian", "ReferenceCapture", "Rows", "named_trainable"]
+__all__ = ["Capture", "Jacobian", "ReferenceCapture", "Rows", "last_layer", "named_trainable"]

@@ -22,7 +22,7 @@ from steepest.engine.records import (
 )
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 
-__all__ = ["ConvRecord", "convolution"]
+__all__ = ["ConvRecord", "ConvUse", "convolution"]
 
 
 class ConvRecord(Record):
@@ -136,8 +136,15 @@ class ConvRecord(Record):
             return x, g
         return x.unflatten(1, (self.num_rows, -1)).mean(2), g.unflatten(1, (self.num_rows, -1)).sum(2)
 
+    def row_bytes(self) -> int:
+        """Memory that the explicit gradient of one row takes while it is made, its patches included."""
+        patches = self._merged * self._g[0, 0].numel() * self._shape.groups * self._shape.weight_shape[1:].numel()
+        return super().row_bytes() + (patches * self._x.itemsize if self._weight is not None else 0)
+
     def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
         """Patches and output gradients of every row, as a linear layer has them."""
+        if self._shape.groups > 1:
+            return super().positions(sharing)
         return self._as_linear(self._bias).positions(sharing)
 
     def summed(self) -> tuple[Tensor, ...]:

@@ -64,6 +64,32 @@ class EmbeddingRecord(Record):
         table = vector[self._weight].to(self._g.dtype)
         return (table[self._tokens] * self._g).sum((1, 2))
 
+    def project(self, vectors: Mapping[str, Tensor], max_memory: int) -> Tensor:
+        """``sum_s g_ns . V_l[token_ns]``, or through explicit gradients of a small table."""
+        shared, size = self._tokens.shape[1], self.shapes[self._weight][0]
+        if shared >= size:
+            return super().project(vectors, max_memory)
+        table = vectors[self._weight].to(self._g.dtype)
+        out = self._g.new_empty(self.num_rows, len(table))
+        row_bytes = len(table) * shared * self._g.shape[2] * self._g.itemsize
+        for rows in column_chunks(self.num_rows, row_bytes, min(max_memory, CHUNK_BYTES)):
+            looked_up = table[:, self._tokens[rows]]  # [L, rows, S, d]
+            out[rows] = looked_up.mul_(self._g[rows]).sum((2, 3)).T
+        return out
+
+    def squared_norms(self, max_memory: int) -> Tensor:
+        """``sum_st [token_ns = token_nt] (g_ns . g_nt)``, or through explicit gradients of a small table."""
+        shared, size = self._tokens.shape[1], self.shapes[self._weight][0]
+        if shared * shared >= size:
+            return super().squared_norms(max_memory)
+        out = self._g.new_empty(self.num_rows, dtype=torch.float64)
+        row_bytes = 8 * shared * (2 * shared + self._g.shape[2])
+        for rows in column_chunks(self.num_rows, row_bytes, min(max_memory, CHUNK_BYTES)):
+            tokens, g = self._tokens[rows], self._g[rows].double()
+            same = tokens.unsqueeze(2) == tokens.unsqueeze(1)
+            out[rows] = torch.bmm(g, g.mT).mul_(same).sum((1, 2)).clamp_(min=0)  # below 0 by rounding alone
+        return out
+
     def take(self, rows: slice) -> "EmbeddingRecord":
         """Keep some rows: views, nothing is copied."""
         return EmbeddingRecord(self._weight, self._tokens[rows], self._g[rows], self.shapes[self._weight][0])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steepest._typing import Precision, Sharing
 from steepest._validation import check_choice
-from steepest.engine.records import KroneckerFactors, Record
-from steepest.errors import InvalidOptionError
+from steepest.engine.records import KroneckerFactors, Record, as_rows
+from steepest.errors import InvalidOptionError, UnsupportedModelError
 
 __all__ = ["Jacobian", "RowSketch", "caller_independent"]
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class RowSketch(Protocol):
     """A streaming summary of rows that arrive in blocks of columns."""
 
-    def insert(self, blocks: Mapping[str, Tensor]) -> None:
+    def insert(self, blocks: Mapping[str, Tensor], /) -> None:
         """Take rows, ``[R, numel]`` for each parameter."""
 
 
@@ -258,13 +258,105 @@ class Jacobian:
         factors = {record.names: record.kronecker_factors(sharing) for record in self._records}
         return {names: factor for names, factor in factors.items() if factor is not None}
 
+    @caller_independent
+    def project(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Return ``J V^T``: every row's inner products with L vectors in parameter space, such as those of a sketch.
+
+        Where each row meets a linear layer once, no gradient of a row is formed.
+
+        Args:
+            vectors: ``[L, *shape]`` or ``[L, numel]`` for every name in `names`, and for no other.
+
+        Returns:
+            ``[R, L]``.
+
+        Raises:
+            InvalidOptionError: If the vectors belong to other parameters or have other shapes.
+        """
+        shaped = self._shaped(vectors)
+        count = len(next(iter(shaped.values())))
+        out = torch.zeros(self._num_rows, count, dtype=self._dtype, device=self._device)
+        for record in self._records:
+            out = out + record.project(shaped, self._max_memory)
+        return out
+
+    def _shaped(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Check a stack of vectors in parameter space, and bring it to the parameters' shapes."""
+        if vectors.keys() != self._shapes.keys():
+            odd = sorted(vectors.keys() ^ self._shapes.keys())
+            raise InvalidOptionError(
+                f"The vectors and the Jacobian do not belong to the same parameters: only one of them has "
+                f"{', '.join(map(repr, odd))}. Make both with the same params."
+            )
+        count = len(next(iter(vectors.values())))
+        for name, shape in self._shapes.items():
+            found = tuple(vectors[name].shape)
+            if found not in {(count, *shape), (count, shape.numel())}:
+                raise InvalidOptionError(
+                    f"The vectors for {name!r} have shape {found}: give {count} of them, as for the other parameters, "
+                    f"in a tensor of shape {(count, *shape)}."
+                )
+        return {n: vectors[n].detach().reshape(count, *shape) for n, shape in self._shapes.items()}
+
+    @caller_independent
+    def squared_norms(self) -> Tensor:
+        """Return the squared norm of every row, without gradients where each row meets a linear layer once.
+
+        Returns:
+            ``[R]`` in float64, which holds the square of any float32.
+        """
+        out = torch.zeros(self._num_rows, dtype=torch.float64, device=self._device)
+        for record in self._records:
+            out += record.squared_norms(self._max_memory)
+        return out
+
+    @caller_independent
+    def layer_rows(self, weight: str) -> tuple[Tensor, Tensor]:
+        """Return what a linear layer or an ungrouped convolution saw: its gradients are sums of ``g_ns x_ns^T``.
+
+        Args:
+            weight: Qualified name of its weight.
+
+        Returns:
+            Inputs ``[R, S, d_in (+ 1)]`` with a 1 joined where the bias is differentiated too, and the gradients of
+            its outputs ``[R, S, d_out]``, for S positions that share the weight.
+
+        Raises:
+            InvalidOptionError: If the rows have no such parameter.
+            UnsupportedModelError: If its layer has no such form, or is no layer of its own.
+        """
+        for record in self._records:
+            if weight == record.names[0]:
+                try:
+                    return record.positions("expand")
+                except NotImplementedError:
+                    break
+        if weight not in self._shapes:
+            raise InvalidOptionError(
+                f"The Jacobian has no parameter {weight!r}: give the weight of a layer among {', '.join(self.names)}."
+            )
+        raise UnsupportedModelError(
+            f"Parameter {weight!r} is not the weight of a linear layer or an ungrouped convolution that the rows use "
+            "and that stands for itself (untied, not computed from others, captured by steepest.Capture): it has no "
+            "inputs to return. Use per_sample_grads(), or name another layer."
+        )
+
+    @caller_independent
     def sketch_into(self, sketch: RowSketch) -> None:
         """Feed the rows to a streaming sketch, one block per parameter and never one flat copy.
 
+        Gradients are made of no more rows at a time than ``sketch.sketch_size``, where it has one, and `max_memory`.
+
         Args:
-            sketch: Whatever takes the rows of many batches, such as Frequent Directions.
+            sketch: Whatever takes the rows of many batches, such as `FrequentDirections`.
         """
-        sketch.insert({n: g.reshape(self._num_rows, -1) for n, g in self.per_sample_grads().items()})
+        row_bytes = sum(record.row_bytes() for record in self._records)
+        most = min(getattr(sketch, "sketch_size", self._num_rows), self._max_memory // max(1, row_bytes))
+        for start in range(0, self._num_rows, max(1, most)):
+            rows = slice(start, min(start + max(1, most), self._num_rows))
+            taken = [record.take(rows).per_sample_grads() for record in self._records]
+            grads = self._complete(taken, (rows.stop - rows.start,))
+            sketch.insert({name: as_rows(grad) for name, grad in grads.items()})
 
     def restrict(self, index: Mapping[str, Tensor]) -> "Jacobian":
         """Keep some output rows (dimension 0) of the parameters: fewer columns, less memory and time.

@@ -20,7 +20,7 @@ from steepest.engine.records import (
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 from steepest.linalg.outer import outer
 
-__all__ = ["LinearRecord", "factorized_is_cheaper", "linear"]
+__all__ = ["LinearRecord", "LinearUse", "factorized_is_cheaper", "linear"]
 
 # Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form costs this many of the materialised
 # form's, which writes every per-sample gradient to memory and reads it back.
@@ -148,6 +148,34 @@ class LinearRecord(Record):
         if self._bias is not None:
             moved = moved + vector[self._bias].to(self._x.dtype)
         return (moved * self._g).sum((1, 2))
+
+    def project(self, vectors: Mapping[str, Tensor], max_memory: int) -> Tensor:
+        """``g_n^T V_l x_n`` where there is one position; else S times the products of explicit gradients."""
+        d_in, d_out = self._x.shape[2], self._g.shape[2]
+        if self._weight is None or self._x.shape[1] > 1:
+            return super().project(vectors, max_memory)
+        weight = vectors[self._weight].to(self._g.dtype)
+        if len(weight) >= max(d_in, d_out):  # V_l x_n of all l would take more memory than the gradient of row n
+            return super().project(vectors, max_memory)
+        out = self._g.new_empty(self.num_rows, len(weight))
+        row_bytes = len(weight) * min(d_in, d_out) * self._g.itemsize
+        for rows in column_chunks(self.num_rows, row_bytes, min(max_memory, CHUNK_BYTES)):
+            x, g = self._x[rows, 0], self._g[rows, 0]
+            if d_out <= d_in:
+                moved = (x @ weight.flatten(0, 1).T).view(len(x), len(weight), d_out)
+                out[rows] = torch.bmm(moved, g.unsqueeze(2)).squeeze(2)
+            else:
+                out[rows] = torch.matmul(g, weight).mul_(x).sum(2).T
+        if self._bias is not None:
+            out.addmm_(self._g[:, 0], vectors[self._bias].to(self._g.dtype).T)
+        return out
+
+    def squared_norms(self, max_memory: int) -> Tensor:
+        """``(|x_n|^2 + 1) |g_n|^2`` where there is one position."""
+        if self._weight is None or self._x.shape[1] > 1:
+            return super().squared_norms(max_memory)
+        x, g = (torch.linalg.vector_norm(t[:, 0], dim=1, dtype=torch.float64).square() for t in (self._x, self._g))
+        return torch.mul(x + 1 if self._bias is not None else x, g)
 
     def kronecker_factors(self, sharing: Sharing) -> KroneckerFactors | None:
         """Every position a sample of its own ("expand"), or mean input and summed gradient ("reduce")."""

@@ -21,6 +21,7 @@ __all__ = [
     "MaterializedRecord",
     "Record",
     "accumulate",
+    "as_rows",
     "at_least_float32",
     "column_chunks",
     "common_dtype",
@@ -104,6 +105,31 @@ class Record(ABC):
     @abstractmethod
     def restrict(self, index: Mapping[str, Tensor]) -> "Record":
         """Keep output rows (dimension 0), given by name; the same for names that are coupled."""
+
+    def row_bytes(self) -> int:
+        """Memory that the explicit gradient of one row takes while it is made."""
+        return sum(shape.numel() for shape in self.shapes.values()) * self._like.itemsize
+
+    def project(self, vectors: Mapping[str, Tensor], max_memory: int) -> Tensor:
+        """``J V^T``, ``[R, L]``, for vectors ``[L, *shape]`` by name."""
+        out = self._like.new_zeros(self.num_rows, len(vectors[self.names[0]]))
+        for rows, grads in self._in_pieces(max_memory):
+            for name, grad in grads.items():
+                out[rows].addmm_(as_rows(grad), as_rows(vectors[name]).to(grad.dtype).T)
+        return out
+
+    def squared_norms(self, max_memory: int) -> Tensor:
+        """Squared norm of every row, ``[R]`` in float64."""
+        out = self._like.new_zeros(self.num_rows, dtype=torch.float64)
+        for rows, grads in self._in_pieces(max_memory):
+            for grad in grads.values():
+                out[rows] += torch.linalg.vector_norm(as_rows(grad), dim=1, dtype=torch.float64).square()
+        return out
+
+    def _in_pieces(self, max_memory: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Yield explicit gradients of some rows after others."""
+        for rows in column_chunks(self.num_rows, self.row_bytes(), max_memory):
+            yield rows, self.take(rows).per_sample_grads()
 
     def take(self, rows: slice) -> "Record":
         """Keep some rows."""
@@ -236,6 +262,11 @@ def join(records: Sequence[Record], *, rows: bool) -> Record:
             return joined if rows or len(others) == 1 else join([joined, *others[1:]], rows=False)
     made = [record.materialize() for record in records]
     return join(made, rows=rows)
+
+
+def as_rows(stack: Tensor) -> Tensor:
+    """Flatten all but the first dimension, of scalars too."""
+    return stack.reshape(len(stack), stack.shape[1:].numel())
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
