@@ -14,9 +14,12 @@ if TYPE_CHECKING:
         ClosureError,
         InvalidOptionError,
         NonFiniteError,
+        OutputError,
+        SelectionError,
         SteepestError,
         UnsupportedModelError,
     )
+    from steepest.linalg import FrequentDirections
     from steepest.optim import (
         FOP,
         KFAC,
@@ -37,14 +40,31 @@ if TYPE_CHECKING:
         TruncatedEigh,
         TruncatedSVD,
     )
+    from steepest.selection import (
+        EL2N,
+        SAGE,
+        GradMatch,
+        GraNd,
+        Herding,
+        KCenter,
+        Random,
+        RandomAboveCut,
+        ReselectingSampler,
+        Selection,
+        Strata,
+        Top,
+        select_subset,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EL2N",
     "FOP",
     "KFAC",
     "LPSGD",
     "LPSGDM",
+    "SAGE",
     "Capture",
     "CaptureError",
     "Cholesky",
@@ -56,19 +76,33 @@ __all__ = [
     "EigenbasisCorrected",
     "Empirical",
     "Exact",
+    "FrequentDirections",
+    "GraNd",
+    "GradMatch",
+    "Herding",
     "InvalidOptionError",
     "Jacobian",
+    "KCenter",
     "LinearAnnealingP",
     "MonteCarlo",
     "NonFiniteError",
+    "OutputError",
+    "Random",
+    "RandomAboveCut",
     "RandomizedSVD",
     "ReferenceCapture",
+    "ReselectingSampler",
+    "Selection",
+    "SelectionError",
     "SteepestError",
+    "Strata",
     "Sven",
+    "Top",
     "TruncatedEigh",
     "TruncatedSVD",
     "UnsupportedModelError",
     "__version__",
+    "select_subset",
 ]
 
 _ROOMS: dict[str, tuple[str, ...]] = {
@@ -78,9 +112,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "ClosureError",
         "InvalidOptionError",
         "NonFiniteError",
+        "OutputError",
+        "SelectionError",
         "SteepestError",
         "UnsupportedModelError",
     ),
+    "linalg": ("FrequentDirections",),
     "nn": (),  # steepest.nn.ResNet: as in torch, models are not at the top
     "optim": (
         "FOP",
@@ -101,6 +138,21 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "Sven",
         "TruncatedEigh",
         "TruncatedSVD",
+    ),
+    "selection": (
+        "EL2N",
+        "GradMatch",
+        "GraNd",
+        "Herding",
+        "KCenter",
+        "Random",
+        "RandomAboveCut",
+        "ReselectingSampler",
+        "SAGE",
+        "Selection",
+        "Strata",
+        "Top",
+        "select_subset",
     ),
 }
 _HOMES = {name: f"steepest.{room}" for room, names in _ROOMS.items() for name in names}

@@ -8,6 +8,8 @@ __all__ = [
     "ClosureError",
     "InvalidOptionError",
     "NonFiniteError",
+    "OutputError",
+    "SelectionError",
     "SteepestError",
     "UnsupportedModelError",
 ]
@@ -35,3 +37,11 @@ class NonFiniteError(SteepestError, ArithmeticError):
 
 class InvalidOptionError(SteepestError, ValueError):
     """An option has an impossible value."""
+
+
+class OutputError(SteepestError):
+    """A file or folder that cannot be written to."""
+
+
+class SelectionError(SteepestError):
+    """A selection of data that cannot be made, read, continued or applied to this data."""

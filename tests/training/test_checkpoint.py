@@ -135,8 +135,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match="this is steepest steepest of tomorrow"):
         execute(SPEC, keeping=keeping(tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint, "_FORMAT", 2)
-    with pytest.raises(CheckpointError, match="has checkpoint format 1, this steepest reads 2"):
+    monkeypatch.setattr(checkpoint, "_FORMAT", 3)
+    with pytest.raises(CheckpointError, match="has checkpoint format 2, this steepest reads 3"):
         execute(SPEC, keeping=keeping(tmp_path))
     assert spec.package_version("torch") == torch.__version__
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("steepest.training.files.os.fsync", full)
+    monkeypatch.setattr("steepest._files.os.fsync", full)
     with pytest.raises(OutputError, match=r"checkpoint\.pt cannot be written \(No space left on device\)"):
         execute(SPEC, keeping=keeping(tmp_path, every=0.0))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before

@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
     def full_disk(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("steepest.training.files.os.fsync", full_disk)
+    monkeypatch.setattr("steepest._files.os.fsync", full_disk)
     with pytest.raises(OutputError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"

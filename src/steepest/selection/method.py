@@ -66,7 +66,7 @@ class Run(ABC):
     def update(self, number: int, rows: Rows) -> None:
         """Take the next batch of pass ``number``, counted from 0."""
 
-    def end_pass(self, number: int) -> None:
+    def end_pass(self, number: int) -> None:  # noqa: B027 (most have nothing to conclude)
         """Conclude pass ``number``."""
 
     def reads(self, number: int) -> Literal["data", "reference"]:

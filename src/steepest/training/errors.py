@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from steepest.errors import InvalidOptionError, SteepestError
+from steepest.errors import InvalidOptionError, OutputError, SteepestError
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "OutputError", "RecordError", "UnknownNameError", "unknown"]
 
@@ -22,10 +22,6 @@ class ConfigError(SteepestError):
 
 class CheckpointError(SteepestError):
     """A checkpoint that cannot be read or belongs to another run."""
-
-
-class OutputError(SteepestError):
-    """A folder that cannot be written to."""
 
 
 class RecordError(SteepestError):

@@ -1,0 +1,217 @@
+"""A selection by SAGE under way: sketch the gradients, find the consensus, score every sample against it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from steepest.errors import InvalidOptionError, SelectionError
+from steepest.linalg import FrequentDirections
+from steepest.selection.consensus import ClassMeans, by_group, direction, unit_rows
+from steepest.selection.method import Picked, Rows, Run
+from steepest.selection.quotas import ALL, class_weights, settled
+from steepest.selection.rules import keep_by_group
+
+if TYPE_CHECKING:  # the options know how to begin a run
+    from steepest.selection.sage import SAGE
+
+__all__ = ["SageRun"]
+
+# Tensors and plain values, saved as they are.
+PLAIN = ("sketch", "sums", "counts", "consensus", "by_class", "sizes", "zeros", "scores", "projections", "numbers")
+
+
+class SageRun(Run):
+    """One selection by SAGE under way.
+
+    Args:
+        method: The options.
+    """
+
+    def __init__(self, method: "SAGE") -> None:
+        self._method = method
+        steps = ("sketch", "score") if method.consensus == "gradients" else ("sketch", "mean", "score")
+        self._steps = steps[:2] if method.keep_projections else steps
+        self.passes = len(self._steps)
+        self._fd: FrequentDirections | None = FrequentDirections(method.sketch_size, robust=method.robust)
+        self._means = ClassMeans()
+        self._shapes: dict[str, torch.Size] = {}
+        self._sketch: dict[str, Tensor] = {}  # [l, *shape]
+        self._sums: dict[int, Tensor] = {}  # of unit projections, [l]
+        self._counts: dict[int, int] = {}  # of what is in the sums, which may come from the reference set
+        self._consensus: dict[int, Tensor] = {}  # [l]
+        self._by_class: bool | None = None  # not known before the first batch
+        self._sizes: dict[int, int] = {}  # of the groups of the data
+        self._zeros = 0
+        self._scores = torch.zeros(0)
+        self._projections = torch.zeros(0, 0, dtype=torch.float16)
+        self._numbers: dict[str, float] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the run holds now: the sketch, the sums of the classes seen so far, scores and projections."""
+        held = [*self._sketch.values(), self._scores, self._projections]
+        return (self._fd.nbytes if self._fd else 0) + self._means.nbytes + sum(part.nbytes for part in held)
+
+    def reads(self, number: int) -> Literal["data", "reference"]:
+        """The reference set between the sketch and the scores, if there is one; else the data."""
+        return "reference" if number == 1 and self._method.consensus == "reference" else "data"
+
+    def update(self, number: int, rows: Rows) -> None:
+        """Take the next batch of a pass."""
+        source, step = self.reads(number), self._steps[number]
+        groups = self._groups(rows, source)
+        if self._fd is not None and step == "sketch":
+            self._shapes = rows.jacobian.shapes
+            rows.jacobian.sketch_into(self._fd)  # first: it refuses what is not finite
+            if self._method.consensus == "gradients":
+                self._means.add(rows, groups)
+            for group, places in by_group(groups):
+                self._sizes[group] = self._sizes.get(group, 0) + len(places)
+            return
+        if source == "data":
+            self._check_seen(rows, groups)
+        self._sketch = {name: part.to(rows.jacobian.device) for name, part in self._sketch.items()}
+        units = unit_rows(rows.jacobian, self._sketch, rows.indices)
+        if number == self.passes - 1:
+            self._zeros += int((units == 0).all(1).sum())
+        if step == "score":
+            self._scores[rows.indices] = self._agreement(units, groups)
+            return
+        for group, places in by_group(groups):
+            self._sums[group] = self._sums.get(group, 0) + units[places].sum(0)
+            self._counts[group] = self._counts.get(group, 0) + len(places)
+        if self._method.keep_projections:
+            self._projections[rows.indices] = units.half()
+
+    def end_pass(self, number: int) -> None:
+        """Turn what a pass added up into the sketch, or into the consensus."""
+        step = self._steps[number]
+        if step == "sketch" and self._fd is not None:
+            self._settle_sketch(self._fd)
+            self._fd, self._means = None, ClassMeans()  # the buffer is twice the sketch
+        elif step == "mean":
+            lacking = sorted(self._sizes.keys() - self._sums.keys())
+            if lacking:
+                raise SelectionError(
+                    f"the reference set has no sample of class {', '.join(map(str, lacking))}, which the data has: add "
+                    "some, or score against one consensus with class_policy='global'."
+                )
+            self._consensus = {g: direction(total, self._counts[g]) for g, total in self._sums.items()}
+
+    def _settle_sketch(self, fd: FrequentDirections) -> None:
+        """Take the finished sketch, what it certifies, and the consensus of true gradients."""
+        fd.compress()
+        flat = fd.sketch()
+        if not isinstance(flat, dict):
+            raise TypeError("the sketch was not fed by parameter")
+        total = sum(self._sizes.values())
+        norms = torch.stack([part.double().square().sum(1).cpu() for part in flat.values()]).sum(0)
+        self._numbers = {
+            "certificate": fd.certificate,
+            "certificate_relative": fd.certificate / fd.squared_norm if fd.squared_norm else 0.0,
+            "squared_norm": fd.squared_norm,
+            "sketch_rank": float((norms > 0).sum()),
+        }
+        if self._method.robust:
+            self._numbers["ridge"] = fd.ridge
+        if self._method.consensus == "gradients":
+            largest = float(norms.max().sqrt()) if len(norms) else 0.0
+            self._consensus = {g: direction(z, largest) for g, z in self._means.projected(flat).items()}
+        self._sketch = {name: part.view(len(part), *self._shapes[name]) for name, part in flat.items()}
+        self._scores = torch.full((total,), torch.nan)
+        if self._method.keep_projections:
+            self._projections = torch.zeros(total, len(norms), dtype=torch.float16)
+
+    def _agreement(self, units: Tensor, groups: Tensor) -> Tensor:
+        """Scores of unit projections, each against the consensus of its group."""
+        scores = units.new_zeros(len(units))
+        for group, places in by_group(groups):
+            scores[places] = units[places] @ self._consensus[group]
+        return scores.float()
+
+    def _groups(self, rows: Rows, source: str) -> Tensor:
+        """The group of every sample; what labels are missing for is refused in the first batch."""
+        method, labels = self._method, rows.labels
+        if source == "data" and labels is None and method.weights == "class":
+            raise InvalidOptionError(
+                "weights='class' needs the class of every sample, and the data has no whole-number labels: give "
+                "labels=, one whole number per sample, or weights='uniform'."
+            )
+        by_class = settled(method.class_policy, labels) != "global"
+        self._by_class = by_class if self._by_class is None else self._by_class
+        if self._by_class and labels is not None:
+            return labels
+        if self._by_class or (by_class and source == "data"):
+            where = "the data" if source == "data" else "the data and the reference set"
+            raise SelectionError(
+                f"some batches of {where} have labels and others have none, so that classes cannot be compared: give "
+                "every sample a label, or class_policy='global'."
+            )
+        return torch.full((len(rows.indices),), ALL)
+
+    def _check_seen(self, rows: Rows, groups: Tensor) -> None:
+        """Refuse a sample or a class that the first pass did not meet."""
+        total = sum(self._sizes.values())
+        strangers = sorted(set(groups.tolist()) - self._sizes.keys())
+        if strangers or int(rows.indices.max()) >= total:
+            what = f"class {strangers[0]}" if strangers else f"sample {int(rows.indices.max())}"
+            raise SelectionError(
+                f"the data changed between passes: {what} was not there in the first. Give data whose samples, labels "
+                "and order stay the same."
+            )
+
+    def pick(self, count: int, labels: Tensor | None) -> Picked:
+        """Score, and choose in every class as the rule says."""
+        method = self._method
+        scores = self._scores
+        if method.keep_projections:
+            groups = labels if self._by_class and labels is not None else torch.full((len(scores),), ALL)
+            parts = zip(self._projections.split(4096), groups.split(4096), strict=True)
+            scores = torch.cat([self._agreement(units.double(), members) for units, members in parts])
+        missing = int(scores.isnan().sum())
+        if missing or not len(scores):
+            raise SelectionError(
+                f"{missing} of {len(scores)} samples have no score: give every pass the whole data before the choice."
+            )
+        indices = keep_by_group(scores, labels, count, method.class_policy, method.rule)
+        weights = torch.ones(count)
+        if method.weights == "class" and labels is not None:
+            weights = class_weights(indices, labels)
+        means = {"mean_agreement": scores.double().mean(), "mean_agreement_kept": scores[indices].double().mean()}
+        numbers = self._numbers | {name: float(mean) for name, mean in means.items()}
+        return Picked(indices, scores, weights, tuple(self._notes()), numbers)
+
+    def _notes(self) -> Iterator[str]:
+        """What a user should know about the scores."""
+        if self._zeros:
+            yield f"The gradients of {self._zeros} samples are zero in the sketch: they agree with nothing and score 0."
+        cancelled = [str(g) for g, u in sorted(self._consensus.items()) if not bool(u.any())]
+        if cancelled and not self._by_class:
+            yield "The unit gradients cancel: there is no consensus, and every sample scores 0."
+        elif cancelled:
+            yield f"The unit gradients of class {', '.join(cancelled)} cancel: their samples score 0."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy everything learnt so far."""
+        return {
+            "fd": None if self._fd is None else self._fd.state_dict(),
+            "means": self._means.state_dict(),
+            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in PLAIN},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state, which stays as it is."""
+        if state["fd"] is None:
+            self._fd = None
+        else:
+            self._fd = FrequentDirections(self._method.sketch_size, robust=self._method.robust)
+            self._fd.load_state_dict(state["fd"])
+        self._means = ClassMeans()
+        self._means.load_state_dict(state["means"])
+        self._shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
+        for name in PLAIN:
+            setattr(self, f"_{name}", copy.deepcopy(state[name]))

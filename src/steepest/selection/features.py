@@ -1,0 +1,162 @@
+"""Runs that keep a row of numbers for every sample, and what greedy methods on features share."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest._validation import check_integer
+from steepest.engine.jacobian import caller_independent
+from steepest.selection.method import Picked, Rows, Run
+from steepest.selection.quotas import ClassPolicy, groups, quotas, settled
+from steepest.selection.table import Table
+
+__all__ = ["DEFAULT_MEMORY", "FeatureRun", "TableRun", "layer_inputs", "rescale_"]
+
+DEFAULT_MEMORY = 1 << 30
+
+Greedy = Callable[[Tensor, int], tuple[Tensor, float]]
+
+
+class TableRun(Run):
+    """A run that keeps a row of numbers for every sample in one pass.
+
+    The rows take 4 N W bytes; while it chooses, a copy of those of one class (or of all, where classes do not matter)
+    comes on top.
+
+    Args:
+        method: Name of the class of the method, for messages.
+        class_policy: Class policy.
+        max_memory: Bytes that the rows may take.
+    """
+
+    def __init__(self, method: str, class_policy: ClassPolicy, max_memory: int) -> None:
+        self.passes = 1
+        self.table = Table(method, check_integer("max_memory", max_memory, low=1))
+        self._policy: ClassPolicy = class_policy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state holds, or will hold in the end where that is known."""
+        return self.table.nbytes
+
+    def expect(self, num_samples: int) -> None:
+        """Say how many samples there will be: a table too large is then refused at the first batch."""
+        self.table.expected = num_samples
+
+    @caller_independent
+    def update(self, number: int, rows: Rows) -> None:
+        """Keep the rows of the next batch.
+
+        Args:
+            number: Always 0.
+            rows: The batch.
+
+        Raises:
+            InvalidOptionError: If the policy needs labels that are not there, or memory does not suffice.
+            RuntimeError: If the batch is not the next one in the data's own order.
+        """
+        settled(self._policy, rows.labels)  # refuses before hours of work, not after them
+        if int(rows.indices[0]) != self.table.num_rows:
+            raise RuntimeError(f"sample {int(rows.indices[0])} came where {self.table.num_rows} was due")
+        self.table.append(self.row_of(rows))
+
+    @abstractmethod
+    def row_of(self, rows: Rows) -> Tensor:
+        """What to keep of a batch, ``[B, W]``."""
+
+    def shares(self, count: int, labels: Tensor | None) -> list[tuple[Tensor, int]]:
+        """Divide ``count`` samples: the positions of each group, ascending, and how many of them to keep.
+
+        Args:
+            count: How many samples to keep.
+            labels: ``[N]`` or None.
+
+        Returns:
+            Groups in ascending order of class, without those that get nothing.
+        """
+        members = groups(labels, self._policy, self.table.num_rows)
+        return [(members[key], quota) for key, quota in quotas(labels, count, self._policy).items() if quota]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return self.table.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state."""
+        self.table.load_state_dict(state)
+
+
+class FeatureRun(TableRun):
+    """A run that chooses one sample after another by the inputs of the last layer.
+
+    Args:
+        method: Name of the class of the method, for messages.
+        class_policy: Class policy.
+        max_memory: Bytes that the features may take.
+        greedy: From features ``[n, H]``, which it may overwrite, and k: positions ``[k]`` in order of choice, and a
+            number that tells how good they are.
+        measure: Name of that number; the report gets the largest over groups.
+    """
+
+    def __init__(
+        self, method: str, class_policy: ClassPolicy, max_memory: int, *, greedy: Greedy, measure: str
+    ) -> None:
+        super().__init__(method, class_policy, max_memory)
+        self._greedy, self._measure = greedy, measure
+
+    def row_of(self, rows: Rows) -> Tensor:
+        """Inputs of the last layer."""
+        return layer_inputs(rows)
+
+    @caller_independent
+    def pick(self, count: int, labels: Tensor | None) -> Picked:
+        """Choose greedily in every group.
+
+        Args:
+            count: How many samples.
+            labels: ``[N]`` or None.
+
+        Returns:
+            The choice. Scores: of the k samples of a group the first has k, the last 1, and all not chosen 0.
+        """
+        scores = torch.zeros(self.table.num_rows, dtype=torch.float32)
+        worst = 0.0
+        for members, quota in self.shares(count, labels):
+            order, measured = self._greedy(self.table.gather(members), quota)
+            scores[members[order]] = torch.arange(quota, 0, -1, dtype=torch.float32)
+            worst = max(worst, measured)
+        return Picked(
+            scores.nonzero().squeeze(1), scores, torch.ones(count, dtype=torch.float32), numbers={self._measure: worst}
+        )
+
+
+def layer_inputs(rows: Rows) -> Tensor:
+    """Features of a batch: inputs of the last layer, averaged over positions that share its weight.
+
+    Args:
+        rows: The batch.
+
+    Returns:
+        ``[B, H]``, without the 1 that stands for the bias.
+    """
+    inputs, _ = rows.jacobian.layer_rows(rows.last)
+    width = rows.jacobian.shapes[rows.last][1:].numel()
+    return inputs[..., :width].mean(1)
+
+
+def rescale_(matrix: Tensor) -> int:
+    """Divide by a power of two in place, which rounds nothing, so that squares cannot overflow or vanish.
+
+    Args:
+        matrix: Any finite tensor; changed so that its largest entry lies in [1/2, 1).
+
+    Returns:
+        The exponent: the matrix was divided by ``2 ** exponent``; 0 for a matrix of zeros.
+    """
+    exponent = math.frexp(float(matrix.abs().max()))[1]
+    torch.ldexp(matrix, torch.tensor(-exponent), out=matrix)
+    return exponent

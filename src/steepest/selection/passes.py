@@ -1,0 +1,220 @@
+"""Passes of a method over the data: fingerprints, progress, the estimate, and a state to be interrupted in."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steepest.errors import InvalidOptionError, SelectionError
+from steepest.selection.method import Run
+from steepest.selection.report import Estimate, Progress
+from steepest.selection.samples import Batch, Samples, fold
+from steepest.selection.scan import FixedModel
+
+__all__ = ["Passes", "Role"]
+
+_TIMED = 4  # batches after which the estimate is made; the first one is left out, it warms up
+
+Role = Literal["data", "reference"]
+
+
+class Passes:
+    """One selection going through its data. `state_dict` is complete whenever ``whole`` is true.
+
+    Args:
+        run: The method's.
+        samples: Samples by role.
+        fixed: The model, entered; None for a method without passes, whose data are then only read.
+        progress: Told after every batch.
+
+    Attributes:
+        whole: Whether the state is that after a whole number of batches.
+        seconds: Time spent, that before an interruption included.
+        estimate: What all passes will cost; None before it is known.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        samples: Mapping[Role, Samples],
+        fixed: FixedModel | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._run, self._samples, self._fixed, self._progress = run, samples, fixed, progress
+        self._total = run.passes if fixed is not None else 1
+        self.whole = True
+        self.seconds = 0.0
+        self.estimate: Estimate | None = None
+        self._times: list[float] = []
+        self._number = self._batch = self._seen = 0
+        self._digest = b""
+        self._digests: dict[str, bytes] = {}  # of finished passes, by role
+        self._firsts: dict[str, bytes] = {}  # of their first batches
+        self._losses: Tensor | None = None  # of the first batch, to know the loss by
+        self._labels: list[Tensor] = []
+        self.num_samples: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data; known after the first pass over them."""
+        return self._digests["data"].hex()
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of all samples, ``[N]``; known after the first pass over the data."""
+        return torch.cat(self._labels) if self._labels else None
+
+    def go(self, after_batch: Callable[[], None], at_length: Callable[[int], object]) -> None:
+        """Go through all passes that are left.
+
+        Args:
+            after_batch: Called whenever the state is whole.
+            at_length: Called with N when it is known; may refuse.
+        """
+        while self._number < self._total:
+            role = self._role()
+            mark = time.monotonic()
+            for batch in self._samples[role].batches(self._batch):
+                self._take(role, batch)
+                mark = self._clock(mark)
+                self._tell()
+                after_batch()
+            self._conclude(role, at_length)
+            after_batch()
+
+    def _role(self) -> Role:
+        return self._run.reads(self._number) if self._run.passes else "data"
+
+    def _take(self, role: Role, batch: Batch) -> None:
+        rows = self._fixed.rows(batch) if self._fixed is not None else None
+        digest = fold(self._digest, batch)
+        self.whole = False
+        if rows is not None:
+            self._run.update(self._number, rows)
+        if not self._batch and role not in self._firsts:
+            self._firsts[role] = digest
+            if rows is not None and role == "data":
+                self._losses = rows.losses.cpu()
+        if role == "data" and "data" not in self._digests:
+            self._keep_labels(batch)
+        self._digest, self._batch, self._seen = digest, self._batch + 1, self._seen + len(batch.indices)
+        self.whole = True
+
+    def _keep_labels(self, batch: Batch) -> None:
+        if batch.labels is not None:
+            self._labels.append(batch.labels)
+
+    def _clock(self, mark: float) -> float:
+        now = time.monotonic()
+        self.seconds += now - mark
+        if len(self._times) < _TIMED:
+            self._times.append(now - mark)
+            batches = self._samples["data"].num_batches
+            if len(self._times) == min(_TIMED, max(2, batches or _TIMED)):
+                self._foretell()
+        return now
+
+    def _foretell(self) -> None:
+        each = statistics.median(self._times[1:])
+        roles = [self._run.reads(number) for number in range(self._run.passes)] or ["data"]
+        batches = [self._samples[role].num_batches for role in roles]
+        known = [number for number in batches if number is not None]
+        seconds = each * sum(known) if len(known) == len(batches) else None
+        needed = getattr(self._run, "nbytes", None)
+        self.estimate = Estimate(self._samples["data"].num_samples, self._run.passes, seconds, needed)
+        self._tell("estimate", seconds or 0.0)
+
+    def _tell(self, kind: Literal["estimate", "batch"] = "batch", seconds: float | None = None) -> None:
+        if self._progress is None:
+            return
+        batches = self._samples[self._role()].num_batches
+        spent = self.seconds if seconds is None else seconds
+        self._progress(Progress(kind, self._number, self._total, self._batch, batches, spent, self.estimate))
+
+    def tell_review(self, batch: int, batches: int | None, seconds: float) -> None:
+        """Tell how far the look at the kept samples is.
+
+        Args:
+            batch: Batches done.
+            batches: Their number, where it is known.
+            seconds: Spent on it.
+        """
+        if self._progress is not None:
+            self._progress(Progress("review", self._total, self._total, batch, batches, seconds, self.estimate))
+
+    def _conclude(self, role: Role, at_length: Callable[[int], object]) -> None:
+        if not self._seen:
+            raise InvalidOptionError(f"the {'data' if role == 'data' else 'reference data'} hold no sample: give some.")
+        if self._digests.get(role, self._digest) != self._digest:
+            raise SelectionError(
+                f"the {'data' if role == 'data' else 'reference data'} changed between passes: pass {self._number + 1} "
+                "saw other values, another order or another number of samples than the one before. Random "
+                "augmentation? Give the plain images in a fixed order, and augment in training only."
+            )
+        if role == "data" and self.num_samples is None:
+            at_length(self._seen)
+        self.whole = False
+        if self._fixed is not None:
+            mark = time.monotonic()
+            self._run.end_pass(self._number)
+            self.seconds += time.monotonic() - mark
+        if role == "data":
+            self.num_samples = self._seen
+        self._digests[role] = self._digest
+        self._number, self._batch, self._seen, self._digest = self._number + 1, 0, 0, b""
+        self.whole = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the selection is.
+
+        Returns:
+            Tensors and plain values.
+        """
+        return {
+            "run": self._run.state_dict(),
+            "number": self._number,
+            "batch": self._batch,
+            "seen": self._seen,
+            "num_samples": self.num_samples,
+            "digest": self._digest.hex(),
+            "digests": {role: digest.hex() for role, digest in self._digests.items()},
+            "firsts": {role: digest.hex() for role, digest in self._firsts.items()},
+            "losses": self._losses,
+            "labels": self.labels,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state, after a look at the first batch of the data.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        self._check_first(state)
+        self._run.load_state_dict(state["run"])
+        self._number, self._batch, self._seen = state["number"], state["batch"], state["seen"]
+        self.num_samples, self.seconds = state["num_samples"], state["seconds"]
+        self._digest = bytes.fromhex(state["digest"])
+        self._digests = {role: bytes.fromhex(digest) for role, digest in state["digests"].items()}
+        self._firsts = {role: bytes.fromhex(digest) for role, digest in state["firsts"].items()}
+        self._losses = state["losses"]
+        self._labels = [] if state["labels"] is None else [state["labels"]]
+
+    def _check_first(self, state: Mapping[str, Any]) -> None:
+        """The rest of the data shows in the hash of the next whole pass, and at the latest in `Selection.subset`."""
+        roles: tuple[Role, Role] = ("data", "reference")
+        for role in roles:
+            if role not in state["firsts"]:
+                continue
+            batch = next(iter(self._samples[role].batches()), None)
+            if batch is None or fold(b"", batch).hex() != state["firsts"][role]:
+                raise SelectionError(
+                    f"its {role} {'were' if role == 'data' else 'set was'} another: the first batch differs"
+                )
+            if role == "data" and self._fixed is not None and state["losses"] is not None:
+                losses = self._fixed.rows(batch).losses.cpu()
+                if losses.shape != state["losses"].shape or not torch.allclose(losses, state["losses"], 1e-4, 1e-6):
+                    raise SelectionError("its loss function was another: the losses of the first batch differ")

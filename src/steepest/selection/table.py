@@ -1,0 +1,117 @@
+"""A table with a row for every sample, kept within a limit of memory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.errors import InvalidOptionError, NonFiniteError
+
+__all__ = ["Table"]
+
+BLOCK_NUMBERS = 1 << 22  # 16 MiB: growth moves nothing, and no more than this lies idle
+
+
+class Table:
+    """Float32 rows of one width that grow in blocks, up to a limit.
+
+    Args:
+        method: Name of the class of the method, for messages.
+        max_memory: Bytes that the rows may take.
+
+    Attributes:
+        num_rows: How many rows it holds.
+        expected: How many it will hold in the end, where that is known.
+    """
+
+    def __init__(self, method: str, max_memory: int) -> None:
+        self.num_rows = 0
+        self.expected: int | None = None
+        self._method, self._max_memory = method, max_memory
+        self._blocks: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds, or will hold in the end where that is known."""
+        held = sum(block.nbytes for block in self._blocks)
+        return max(held, 4 * self._width * self.expected) if self.expected else held
+
+    @property
+    def _width(self) -> int:
+        return self._blocks[0].shape[1] if self._blocks else 0
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows ``[B, W]`` of any float dtype.
+
+        Args:
+            rows: The rows, on any device.
+
+        Raises:
+            InvalidOptionError: If the table grows beyond its limit, or is known to.
+            NonFiniteError: If a row holds NaN or infinity; nothing is added.
+        """
+        rows = rows.detach().to("cpu", torch.float32)
+        self._check_memory(len(rows), rows.shape[1])
+        if not bool(rows.isfinite().all()):
+            sample = self.num_rows + int((~rows.isfinite()).any(1).int().argmax())
+            raise NonFiniteError(
+                f"The features of sample {sample} hold NaN or infinity (in float32), and no distance to them exists: "
+                "look at that sample, or at the model's weights."
+            )
+        while len(rows):
+            at = self.num_rows % self._block_rows(rows.shape[1])
+            if at == 0:
+                self._blocks.append(rows.new_empty(self._block_rows(rows.shape[1]), rows.shape[1]))
+            fitting = rows[: len(self._blocks[-1]) - at]
+            self._blocks[-1][at : at + len(fitting)] = fitting
+            self.num_rows += len(fitting)
+            rows = rows[len(fitting) :]
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """Return a copy of some rows.
+
+        Args:
+            positions: ``[n]``, ascending.
+
+        Returns:
+            ``[n, W]``.
+        """
+        out = torch.empty(len(positions), self._width, dtype=torch.float32)
+        size = self._block_rows(self._width)
+        edges = torch.searchsorted(positions, torch.arange(len(self._blocks) + 1) * size).tolist()
+        for number, block in enumerate(self._blocks):
+            span = slice(edges[number], edges[number + 1])
+            torch.index_select(block, 0, positions[span] - number * size, out=out[span])
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows; blocks are shared, for what comes later is written behind these rows."""
+        return {"num_rows": self.num_rows, "blocks": list(self._blocks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state of a table with the same limit."""
+        self.num_rows = state["num_rows"]
+        self._blocks = [*state["blocks"][:-1], *(b.clone() for b in state["blocks"][-1:])]
+
+    def _block_rows(self, width: int) -> int:
+        return max(1, min(BLOCK_NUMBERS, self._max_memory // 4) // max(1, width))
+
+    def _check_memory(self, more: int, width: int) -> None:
+        known = self.expected is not None
+        total = max(self.num_rows + more, self.expected or 0)
+        needed = 4 * total * width
+        if needed > self._max_memory:
+            raise InvalidOptionError(
+                f"{self._method} keeps {width} float32 numbers per sample: {_size(needed)} for "
+                f"{total if known else f'the first {total}'} samples, and max_memory allows {_size(self._max_memory)}. "
+                "Choose a method that keeps a few numbers per sample (SAGE, EL2N, Random), select from fewer samples, "
+                f"or give {self._method}(max_memory=...) {needed} bytes{'' if known else ' or more'}."
+            )
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
