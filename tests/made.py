@@ -59,6 +59,8 @@ def make_record(
         final = Final(loss, 2 * loss, {metric: 0.9}, {metric: 0.8})
     fields: dict[str, object] = {
         "schema": SCHEMA,
+        "select": None,
+        "selections": (),
         "key": "0" * 12,
         "task": task,
         "problem": problem,

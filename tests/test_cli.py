@@ -115,6 +115,34 @@ def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsy
     assert {record.seed for record in RecordStore(tmp_path / "records").read_all()} == {0}
 
 
+def test_selections_are_arms_beside_all_of_the_data(tmp_path: Path, capsys: Capsys) -> None:
+    arms = ["--select", "none", "--select", "sage:0.2", "--select", "random:0.20:every=1"]
+    small = ["compare", "digits", "-o", "adamw", "--seeds", "1", "--epochs", "2", "--tune", "1", "--out", str(tmp_path)]
+    assert run([*small, *arms]) == 0
+    shown = capsys.readouterr()
+    for words in ("AdamW, sage 0.2", "AdamW, random 0.2 (every=1)", "of them selecting", "what selecting takes"):
+        assert words in shown.out
+    records = {record.select: record for record in RecordStore(tmp_path / "records").read_all()}
+    assert set(records) == {None, "sage:0.2", "random:0.2:every=1"}
+    assert {record.steps for record in records.values()} == {32}
+    assert len({record.fingerprint for record in records.values()}) == 1
+    assert len({record.options["lr"] for record in records.values()}) == 1
+    trials = RecordStore(tmp_path / "tuning").read_all()
+    assert [(record.select, record.seed) for record in trials] == [(None, seed) for seed in (1000, 1001, 1002)]
+    assert run([*small, "--select", "sage:0.2", "--json"]) == 0  # by itself, from the records
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert [(row["label"], row["select"]) for row in task["rows"]] == [("AdamW, sage 0.2", "sage:0.2")]
+
+
+def test_selections_come_from_a_file_too(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('tasks = ["digits"]\noptimizers = ["sgd"]\nselect = ["random:0.3", "none"]\n')
+    out = tmp_path / "out"
+    assert (
+        run(["compare", "--config", str(tmp_path / "c.toml"), "--seeds", "1", "--epochs", "2", "--out", str(out)]) == 0
+    )
+    assert {record.select for record in RecordStore(out / "records").read_all()} == {None, "random:0.3"}
+
+
 def test_a_diverged_run_is_a_result_and_a_failed_one_is_an_error(tmp_path: Path, capsys: Capsys) -> None:
     small = ["compare", "digits", "--seeds", "1", "--epochs", "1"]
     assert run([*small, "-o", "sgd", "--set", "sgd.lr=1e12", "--out", str(tmp_path / "a")]) == 0
@@ -165,6 +193,19 @@ BAD = {
     "impossible setting": (["compare", "digits", "--set", "sgd.lr=-1"], "Invalid learning rate"),
     "setting of a stranger": (["compare", "digits", "-o", "sgd", "--set", "adam.lr=1"], "not compared"),
     "lr set and tuned": (["compare", "digits", "--tune", "2", "--set", "sgd.lr=1"], "drop one of them"),
+    "no such selection": (["compare", "digits", "--select", "sag:0.1"], "unknown selection method 'sag': did you mean"),
+    "selection without fraction": (["compare", "digits", "--select", "sage"], "write METHOD:FRACTION"),
+    "same selection twice": (["compare", "digits", "--select", "sage:0.1", "--select", "sage:.1"], "named twice"),
+    "subset below a batch": (["compare", "digits", "--select", "sage:0.01"], "fewer than the batch size 64"),
+    "no epoch after the warm-up": (
+        ["compare", "digits", "--epochs", "2", "--select", "sage:0.1:warmup=2"],
+        "comes after 2 epochs of all data, and a run on digits has 2",
+    ),
+    "train: no such selection option": (
+        ["train", "digits", "--select", "sage:0.1:sketch=3"],
+        "unknown option of sage 'sketch': did you mean 'sketch_size'",
+    ),
+    "train: two fractions": (["train", "digits", "--select", "sage:0.1:0.2"], "'0.2' is no option"),
     "negative trials": (["compare", "digits", "--tune", "-1"], "at least 1"),
     "batch too large": (["compare", "digits", "--batch-size", "99999"], "use a smaller one"),
     "no such device": (["compare", "digits", "--device", "gpu"], "device 'gpu'"),
@@ -243,6 +284,8 @@ def test_env_version_and_list(capsys: Capsys) -> None:
     assert run(["list"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in ("toy_1d", "sven", "momentum", "TruncatedEigh(...)"))
+    methods = listed[listed.index("selection methods") :]
+    assert all(word in methods for word in ("sage", "gradmatch", "sketch_size", "Strata(...)", "warmup", "every"))
 
 
 def test_help_needs_no_torch() -> None:

@@ -105,6 +105,32 @@ def test_a_table_of_ones_own(tmp_path: Path, capsys: Capsys) -> None:
     assert "regression" in capsys.readouterr().out
 
 
+def test_a_run_on_a_subset_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "diabetes", "-o", "adam", "--epochs", "3", "--select", "random:0.5:every=1"]) == 0
+    (record,) = RecordStore(Path("runs/train/diabetes-adam-random-0.5-every=1/records")).read_all()
+    assert (record.status, record.select, record.steps) == ("finished", "random:0.5:every=1", 24)
+    assert [item.epoch for item in record.selections] == [2, 3]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_run_that_selects_goes_on_and_ends_bit_identical(tmp_path: Path) -> None:
+    often = [*LONG, "--select", "sage:0.5:every=1:warmup=0"]
+    assert run([*often, "--epochs", "30", "--out", str(tmp_path / "whole")]) == 0
+    process = start([*often, "--epochs", "30"], tmp_path / "cut")
+    try:
+        wait_for(tmp_path / "cut" / "checkpoint.pt")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert run(["train", "--resume", "--out", str(tmp_path / "cut")]) == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
 CODE = """
 from torch import nn
 def net(in_features, out_features):

@@ -103,7 +103,7 @@ def env(json: Annotated[bool, _JSON] = False, debug: Annotated[bool, _DEBUG] = F
 
 @app.command(name="list")
 def list_(debug: Annotated[bool, _DEBUG] = False) -> None:
-    """Print the tasks, the models, the optimizers and the options of each optimizer."""
+    """Print the tasks, the models, the optimizers and selection methods, and the options of each."""
     del debug
     from steepest.commands.listing import print_lists
 
@@ -162,6 +162,14 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the optimizer.")
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD:FRACTION[:NAME=VALUE...]",
+            help="Train on a subset, as in sage:0.1, with as many steps as on everything; warmup=N sets the epochs "
+            "before it is selected (default 1), every=N selects anew.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation and data order (default 0).")] = None,
     epochs: _Epochs = None,
     budget_seconds: _Budget = None,
@@ -217,6 +225,13 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPT.NAME=VALUE", help="Option of an optimizer.")
     ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD:FRACTION[:NAME=VALUE...]",
+            help="Compare training on subsets too: give it several times, none for everything. See steepest list.",
+        ),
+    ] = None,
     tune: Annotated[
         int | None,
         typer.Option(
@@ -257,6 +272,7 @@ def compare(
     del debug
     flags = {**locals(), "tasks": tasks or None, "optimizers": _names(optimizers), "ignore": _names(ignore)}
     flags |= {
+        "select": select or None,
         "batch_size": _size(batch_size),
         "batch_sizes": [_size(size) for size in _names(batch_sizes) or []] or None,
     }
@@ -266,6 +282,77 @@ def compare(
 
     flags = _only_settings(flags) | {"options": parse_settings(set_ or []), "goal": parse_goals(goal or [])}
     return compare_command(settings_from(CompareSettings, config, flags), fresh=fresh, json=json)
+
+
+@app.command(
+    help="Choose the samples of a task that are worth training on, by the gradients of a model trained for a while, "
+    "and say after how much training that has paid. After Ctrl-C the same command goes on where it was."
+)
+def select(
+    task: Annotated[
+        str | None, typer.Argument(help="A task of `steepest list`, a table (CSV, NPZ), or module:attribute.")
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the training samples to keep, such as 0.1.")] = None,
+    count: Annotated[int | None, typer.Option(help="Number of samples to keep, instead of a share.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="The NPZ file; JSON and page beside it (runs/select/TASK-METHOD.npz)."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="sage (the default), random, el2n, grand, herding, k-center, grad-match.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(metavar="EPOCHS", help="Train the scorer for this long (default 2).")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Instead: score with a model.pt that train wrote.")
+    ] = None,
+    check: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEEDS",
+            help="Train fresh models on the subset, on random ones and on everything, at equal steps: did it pay?",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="Optimizer of the scorer and of the check (default adamw).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the scorer (default 0).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the check, in steps of everything; each task has its own default.")
+    ] = None,
+    schedule: _Schedule = None,
+    batch_size: _BatchSize = None,
+    data_seed: _DataSeed = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    data: _Data = None,
+    target: _Target = None,
+    kind: _Kind = None,
+    ignore: _Ignore = None,
+    drop_missing: _DropMissing = None,
+    model: _Model = None,
+    config: _Config = None,
+    checkpoint_every: Annotated[
+        float | None, typer.Option(help="Wall-clock seconds between checkpoints (default 30).")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what is there under this name.")] = False,
+    json: Annotated[bool, _JSON] = False,
+    debug: Annotated[bool, _DEBUG] = False,
+) -> int:
+    """Choose the samples of a task that are worth training on.
+
+    Returns:
+        The exit code.
+    """
+    del debug
+    flags = {**locals(), "ignore": _names(ignore), "batch_size": _size(batch_size)}
+    from steepest.commands.select import select as select_command
+    from steepest.commands.select import select_settings
+
+    settings = select_settings(config, _only_settings(flags), set_ or [])
+    return select_command(settings, fresh=fresh, json=json)
 
 
 @app.command()

@@ -1,17 +1,21 @@
-"""`steepest list`: what there is to train, and what each optimizer takes."""
+"""`steepest list`: what there is to train, and what each optimizer and each selection method takes."""
+
+from collections.abc import Mapping
 
 import typer
 
 from steepest.training.convert import describe
 from steepest.training.models import MODELS
+from steepest.training.options import OptionSpec
 from steepest.training.registry import optimizers, tasks
+from steepest.training.selections import METHODS
 from steepest.training.task import FileTask
 
 __all__ = ["print_lists"]
 
 
 def print_lists() -> None:
-    """Print tasks, models, optimizers and options."""
+    """Print tasks, models, optimizers and selection methods, with their options."""
     width = max(map(len, tasks()))
     typer.echo("tasks:")
     for task in tasks().values():
@@ -25,5 +29,15 @@ def print_lists() -> None:
     typer.echo("\noptimizers, with what --set OPTIMIZER.OPTION=VALUE takes:")
     for entry in optimizers().values():
         typer.echo(f"  {entry.name:<{width}} {entry.description}")
-        for spec in entry.specs().values():
-            typer.echo(f"    {spec.name:<24} {describe(spec.annotation)} (default {spec.default})")
+        _print_options(entry.specs())
+    typer.echo(
+        "\nselection methods, with what --select METHOD:FRACTION[:OPTION=VALUE...] takes (none: all of the data):"
+    )
+    for method in METHODS.values():
+        typer.echo(f"  {method.name:<{width}} {method.description}")
+        _print_options(method.specs())
+
+
+def _print_options(specs: Mapping[str, OptionSpec]) -> None:
+    for spec in specs.values():
+        typer.echo(f"    {spec.name:<24} {describe(spec.annotation)} (default {spec.default})")

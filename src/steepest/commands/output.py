@@ -10,6 +10,7 @@ from rich.console import Console
 from steepest.errors import InvalidOptionError
 from steepest.report.groups import group
 from steepest.report.measure import LOSS, Goals, check_metric
+from steepest.report.subsets import SELECTION_NOTE
 from steepest.report.summary import summarise
 from steepest.report.sweep import sweeps_of
 from steepest.report.sweep_table import print_sweep, sweep_json
@@ -73,6 +74,8 @@ def print_tables(console: Console, records: Sequence[RunRecord], goals: Goals) -
             console.print(note, soft_wrap=True)
         print_task_table(console, summary, title=f"{name} - {summary.description}", caption="; ".join(sources))
     console.print(_LEGEND, soft_wrap=True)
+    if any(record.select is not None for record in records):
+        console.print(SELECTION_NOTE, soft_wrap=True)
     for sweep in sweeps_of(group(records), goals):
         console.print()
         print_sweep(console, sweep)

@@ -1,6 +1,7 @@
 """`steepest train`: one run, with checkpoints to go on from."""
 
 import json as json_module
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from steepest.training.errors import CheckpointError
 from steepest.training.execute import execute
 from steepest.training.files import prepare_folder
 from steepest.training.records import RecordStore, RunRecord
+from steepest.training.select_text import selection_label
 from steepest.training.settings import TrainSettings, merge
 from steepest.training.spec import RunSpec
 from steepest.training.stopping import stop_requested
@@ -74,7 +76,7 @@ def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> 
     if resume and fresh:
         raise InvalidOptionError("--resume goes on and --fresh begins anew: drop one of them")
     (spec,) = plan_runs(settings.request())
-    out = Path(settings.out or f"runs/train/{spec.task}-{spec.optimizer}")
+    out = Path(settings.out or f"runs/train/{_folder_name(spec)}")
     store, errors = RecordStore(out / "records"), Console(stderr=True, markup=False, highlight=False)
     record = None if fresh else store.read(spec)
     if record is not None and record.status in {"finished", "diverged"}:
@@ -110,8 +112,14 @@ def _settle_checkpoint(path: Path, *, resume: bool, fresh: bool) -> None:
         )
 
 
+def _folder_name(spec: RunSpec) -> str:
+    selected = "" if spec.select is None else "-" + re.sub(r"[^\w.=-]+", "-", spec.select).strip("-")
+    return f"{spec.task}-{spec.optimizer}{selected}"
+
+
 def _beginning(checkpoint: Path, spec: RunSpec) -> str:
-    what = f"{spec.task} with {spec.optimizer}, seed {spec.seed}"
+    on = "" if spec.select is None else f" on {selection_label(spec.select)}"
+    what = f"{spec.task} with {spec.optimizer}{on}, seed {spec.seed}"
     return f"{what}: going on from {checkpoint}" if checkpoint.exists() else what
 
 

@@ -58,11 +58,19 @@ def columns(summary: TaskSummary, detail: int = FULL) -> list[Column]:
         Column(metric_key(place, metric), f"test {metric.label}", metric_text, higher=metric.higher_is_better)
         for place, metric in enumerate(summary.metrics)
     ]
+    subsets = [
+        Column("kept", "samples", "{:,.0f}".format, marked=False, spread=False),
+        Column("selecting", "of them selecting", marked=False, detail=1),
+    ]
+    if all(row.select is None for row in summary.rows):
+        subsets = []
     every = [
+        *subsets[:1],
         Column("val_loss", "val loss"),
         Column("test_loss", "test loss", detail=1),
         *metrics,
         Column("seconds", "seconds"),
+        *subsets[1:],
         Column("ms_per_step", "ms/step", spread=False, detail=1),
         Column("steps", "steps", lambda mean: f"{mean:.0f}", marked=False, spread=False, detail=1),
         Column("peak_memory", "peak memory", memory, spread=False),

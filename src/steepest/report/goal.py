@@ -122,7 +122,8 @@ def goal_of(cell: Cell, given: float | None = None, measure: Measure = LOSS) -> 
 def default_goal(cell: Cell, measure: Measure) -> tuple[Row, float] | None:
     """The worst final value of the reference's finished runs, which all of them reach by definition.
 
-    The reference is Adam or AdamW if it finished a run, else the first row that did.
+    The reference is Adam or AdamW if it finished a run, else the first row that did; on all of the data, if any row
+    was trained on that.
 
     Args:
         cell: Runs that may be compared.
@@ -133,7 +134,9 @@ def default_goal(cell: Cell, measure: Measure) -> tuple[Row, float] | None:
     """
     candidates = [row for row in cell.rows if _last_values(row, measure)]
     usual = [row for name in _REFERENCES for row in candidates if row.optimizer == name]
-    reference = next(iter([*usual, *candidates]), None)
+    # Stable: among rows of one kind the order stays.
+    ranked = sorted([*usual, *candidates], key=lambda row: row.select is not None)
+    reference = next(iter(ranked), None)
     return None if reference is None else (reference, measure.worst_of(_last_values(reference, measure)))
 
 

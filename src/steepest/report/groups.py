@@ -1,4 +1,4 @@
-"""Which records may be compared: cells of equal conditions, and in them one row per optimizer and options."""
+"""Which records may be compared: cells of equal conditions, in them a row per optimizer, options and selection."""
 
 import json
 import re
@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from steepest.report.words import flat_options, short
 from steepest.training.records import Problem, RunRecord
 from steepest.training.registry import optimizers
+from steepest.training.select_text import selection_label
 
 __all__ = ["Cell", "Row", "Study", "group", "label_of", "studies"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one optimizer with the same options.
+    """The runs of one optimizer with the same options, on the same selection of the data.
 
     Attributes:
         optimizer: Name of the optimizer.
         label: Name for people, with the options that tell it from other rows of this optimizer.
+        select: What they selected to train on, None for everything.
         options: Its options, as JSON.
         records: Its runs, by seed.
     """
 
     optimizer: str
     label: str
+    select: str | None
     options: Mapping[str, object]
     records: tuple[RunRecord, ...]
 
@@ -111,17 +114,19 @@ _CONDITIONS: Mapping[str, Callable[[RunRecord], object]] = {
 }
 
 
-def label_of(optimizer: str) -> str:
-    """Name of an optimizer for people.
+def label_of(optimizer: str, select: str | None = None) -> str:
+    """Name of an optimizer for people, and of what it is trained on.
 
     Args:
         optimizer: Its name in the records; one that this version does not know stands for itself.
+        select: What is selected to train on, None for everything.
 
     Returns:
         The label.
     """
     entry = optimizers().get(optimizer)
-    return optimizer if entry is None else entry.label
+    name = optimizer if entry is None else entry.label
+    return name if select is None else f"{name}, {selection_label(select)}"
 
 
 def group(records: Sequence[RunRecord]) -> list[Cell]:
@@ -197,15 +202,17 @@ def _value(value: object) -> str:
 
 
 def _rows(runs: Sequence[RunRecord]) -> tuple[Row, ...]:
-    found: dict[tuple[str, str], list[RunRecord]] = {}
+    found: dict[tuple[str, str | None, str], list[RunRecord]] = {}
     for record in runs:
-        found.setdefault((record.optimizer, json.dumps(record.options, sort_keys=True)), []).append(record)
+        options = json.dumps(record.options, sort_keys=True)
+        found.setdefault((record.optimizer, record.select, options), []).append(record)
     rows = []
     for same in found.values():
         first = same[0]
         rivals = [other[0].options for other in found.values() if other[0].optimizer == first.optimizer]
-        label = " ".join([label_of(first.optimizer), _difference(first.options, rivals)]).strip()
-        rows.append(Row(first.optimizer, label, first.options, tuple(sorted(same, key=lambda record: record.seed))))
+        label = " ".join([label_of(first.optimizer, first.select), _difference(first.options, rivals)]).strip()
+        seeded = tuple(sorted(same, key=lambda record: record.seed))
+        rows.append(Row(first.optimizer, label, first.select, first.options, seeded))
     return tuple(rows)
 
 

@@ -29,7 +29,7 @@ def run_line(spec: RunSpec, record: RunRecord, *, resumed: bool) -> str:
     Returns:
         The line.
     """
-    parts = [f"{spec.task:<13} {label_of(spec.optimizer):<7} seed {spec.seed:<4}"]
+    parts = [f"{spec.task:<13} {label_of(spec.optimizer, spec.select):<7} seed {spec.seed:<4}"]
     if record.final is not None and record.final.val_loss is not None:
         parts.append(f"val loss {record.final.val_loss:<9.3g}")
     parts.append(f"{record.seconds:7.2f} s")
@@ -176,7 +176,7 @@ class LiveListener:
             total: How many there are.
         """
         del number, total
-        label = f"{spec.task} {label_of(spec.optimizer)} seed {spec.seed}"
+        label = f"{spec.task} {label_of(spec.optimizer, spec.select)} seed {spec.seed}"
         self._progress.reset(self._run, total=spec.epochs, description=label, visible=True, note="")
 
     def epoch_done(self, spec: RunSpec, point: EpochPoint) -> None:

@@ -1,4 +1,4 @@
-"""Records to one row per optimizer and options: mean, standard deviation and range over the seeds."""
+"""Records to one row per optimizer, options and selection: mean, standard deviation and range over the seeds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +40,7 @@ class OptimizerSummary:
     Attributes:
         optimizer: Name of the optimizer.
         label: Name for people.
+        select: What was selected to train on, None for everything.
         finished: Runs that finished.
         attempted: Runs that were made.
         problems: How the other runs ended, as "diverged" or "failed".
@@ -50,6 +51,7 @@ class OptimizerSummary:
 
     optimizer: str
     label: str
+    select: str | None
     finished: int
     attempted: int
     problems: tuple[str, ...]
@@ -95,10 +97,23 @@ _NUMBERS: Mapping[str, Callable[[RunRecord], float | None]] = {
     "val_loss": lambda record: record.final.val_loss if record.final else None,
     "test_loss": lambda record: record.final.test_loss if record.final else None,
     "seconds": lambda record: record.seconds,
-    "ms_per_step": lambda record: 1e3 * record.seconds / record.steps if record.steps else None,
+    "ms_per_step": lambda record: 1e3 * (record.seconds - _selecting(record)) / record.steps if record.steps else None,
     "steps": lambda record: record.steps,
     "peak_memory": lambda record: record.peak_memory,
+    "kept": lambda record: _kept(record),
+    "selecting": lambda record: _selecting(record) if record.select else None,
 }
+
+
+def _selecting(record: RunRecord) -> float:
+    return sum(item.seconds for item in record.selections)
+
+
+def _kept(record: RunRecord) -> float | None:
+    """Samples that the run ended on."""
+    if record.select is not None:
+        return record.selections[-1].kept if record.selections else None
+    return record.samples[0] if record.samples else None
 
 
 def metric_key(place: int, metric: MetricNote) -> str:
@@ -164,6 +179,7 @@ def _summarise_row(row: Row, metrics: Sequence[MetricNote]) -> OptimizerSummary:
     return OptimizerSummary(
         optimizer=row.optimizer,
         label=row.label,
+        select=row.select,
         finished=len(row.finished),
         attempted=len(row.records),
         problems=tuple(record.status for record in row.unfinished),

@@ -9,6 +9,7 @@ from steepest.report.grids import Grid, common_source, goal_grid, options_grid, 
 from steepest.report.groups import Cell
 from steepest.report.inside import Inside, inside
 from steepest.report.plot import MOST_COLOURED
+from steepest.report.subsets import SELECTION_NOTE, subset_grid
 from steepest.report.summary import TaskSummary
 from steepest.report.verdict import verdict
 from steepest.report.words import count, listing, number
@@ -42,6 +43,8 @@ class Section:
     goal: Grid | None
     goal_note: str
     inside: Inside | None
+    selections: Grid | None
+    selection_note: str
     unfinished: Grid | None
     settings: tuple[tuple[str, str], ...]
     options_note: str
@@ -61,7 +64,7 @@ def section(cell: Cell, summary: TaskSummary, place: int, charts: Charts) -> Sec
         The section.
     """
     goal = summary.goal
-    figures = tuple(charts.curves(cell, goal))
+    figures, selections = tuple(charts.curves(cell, goal)), subset_grid(cell)
     return Section(
         anchor=f"section-{place}",
         title=cell.task,
@@ -76,6 +79,8 @@ def section(cell: Cell, summary: TaskSummary, place: int, charts: Charts) -> Sec
         goal=None if goal is None else goal_grid(goal),
         goal_note=_goal_note(summary),
         inside=inside(cell, charts),
+        selections=selections,
+        selection_note=SELECTION_NOTE if selections is not None else "",
         unfinished=unfinished_grid(cell),
         settings=_settings(cell),
         options_note=_options_note(summary),

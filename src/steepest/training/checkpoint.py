@@ -2,7 +2,7 @@
 
 A run that is continued from a checkpoint on the same machine, with the same versions, ends with the numbers of
 the run that was never stopped, bit for bit: model, optimizer, random generators, the place in the epoch and the
-losses so far are all in it.
+losses so far are all in it, and the subset that is trained on. A selection that was under way is made again.
 """
 
 import pickle
@@ -19,11 +19,12 @@ from steepest.training.convert import convert, plain
 from steepest.training.errors import CheckpointError
 from steepest.training.loop import Progress, Trainer
 from steepest.training.spec import RunSpec, package_version
+from steepest.training.subsets import Subset
 from steepest.training.trained import write_tensors
 
 __all__ = ["Checkpoints", "Keeping", "read_checkpoint", "saved_settings"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Checkpoints:
             "model": trainer.model.state_dict(),
             "optimizer": trainer.optimizer.state_dict(),
             "progress": plain(asdict(trainer.progress)),
+            "subset": None if trainer.subset is None else vars(trainer.subset),
             "generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -111,6 +113,7 @@ class Checkpoints:
         if not fits:
             raise CheckpointError(f"{path} has no usable progress in it; begin anew with --fresh")
         trainer.progress = progress
+        trainer.subset = None if content["subset"] is None else Subset(**content["subset"])
         torch.set_rng_state(content["generator"])
         if content["cuda_generators"]:
             torch.cuda.set_rng_state_all(content["cuda_generators"])

@@ -12,6 +12,8 @@ from steepest.training.optimizer import OptimizerEntry
 from steepest.training.options import check_options
 from steepest.training.records import EpochPoint, RecordStore, RunRecord
 from steepest.training.registry import get_optimizer
+from steepest.training.select_text import parse_selections
+from steepest.training.selections import SelectionPlan
 from steepest.training.source import Source, fingerprinted, resolve
 from steepest.training.spec import RunSpec, Schedule
 from steepest.training.task import Task
@@ -50,6 +52,7 @@ class Request:
         seconds: Budget of training seconds per run.
         options: Options per optimizer, over the stored ones.
         schedule: Learning-rate schedule, the same for every optimizer.
+        selections: What is selected to train on, each for every optimizer; None trains on everything.
         batch_sizes: Samples per step, "all" for the whole training split; every size is a comparison of its own.
             None takes each task's own.
         data_seed: Seed of the splits.
@@ -65,6 +68,7 @@ class Request:
     options: Mapping[str, Mapping[str, object]] | None = None
     schedule: Schedule = "linear"
     batch_sizes: Sequence[BatchSize] | None = None
+    selections: Sequence[str | None] = (None,)
     data_seed: int = 0
     device: str = "cpu"
     threads: int | None = 1
@@ -119,7 +123,7 @@ def plan_runs(request: Request) -> list[RunSpec]:
         request: What to compare.
 
     Returns:
-        The runs, by task, then seed, then optimizer.
+        The runs, by task, then seed, then optimizer, then selection.
 
     Raises:
         InvalidOptionError: If a name, a budget or an option is wrong.
@@ -134,8 +138,9 @@ def plan_runs(request: Request) -> list[RunSpec]:
                 f"({', '.join(request.optimizers)}) or drop the option"
             )
     entries = [get_optimizer(name) for name in request.optimizers]
-    specs = [spec for source in request.tasks for spec in _plan_task(request, source, entries)]
-    if len({(spec.task, spec.optimizer, spec.seed, spec.batch_size) for spec in specs}) < len(specs):
+    plans = parse_selections(request.selections)
+    specs = [spec for source in request.tasks for spec in _plan_task(request, source, entries, plans)]
+    if len({(spec.task, spec.optimizer, spec.select, spec.seed, spec.batch_size) for spec in specs}) < len(specs):
         raise InvalidOptionError(
             "two of the tasks have the same name, or two batch sizes are the same: rename a file, or give each size "
             "once"
@@ -143,7 +148,9 @@ def plan_runs(request: Request) -> list[RunSpec]:
     return specs
 
 
-def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntry]) -> list[RunSpec]:
+def _plan_task(
+    request: Request, source: Source, entries: Sequence[OptimizerEntry], plans: Sequence[SelectionPlan | None]
+) -> list[RunSpec]:
     task, given = resolve(source), request.options or {}
     source = fingerprinted(source, task)
     options = {entry.name: resolve_options(task, entry, given.get(entry.name, {})) for entry in entries}
@@ -156,6 +163,9 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
             f"batch size {max(sizes)} is above the {whole} training samples of {task.name}: no batch would be "
             "complete; use a smaller one, or all"
         )
+    epochs = request.epochs if request.epochs is not None else own_epochs
+    for plan in filter(None, plans):
+        plan.check(task.name, whole, max(sizes), epochs)
     task.model(splits.shape)  # a model that cannot be made is told now, and not by every run
     return [
         RunSpec(
@@ -164,12 +174,13 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
             options=options[entry.name],
             seed=seed,
             data_seed=request.data_seed,
-            epochs=request.epochs if request.epochs is not None else own_epochs,
+            epochs=epochs,
             seconds=request.seconds,
             schedule=request.schedule,
             batch_size=size,
             device=request.device,
             threads=request.threads,
+            select=None if plan is None else plan.text,
             source=source,
             options_source=options_source(task, entry, given.get(entry.name, {})),
             untuned=_is_untuned(task, source, entry, given.get(entry.name, {}), size),
@@ -177,6 +188,7 @@ def _plan_task(request: Request, source: Source, entries: Sequence[OptimizerEntr
         for size in sizes
         for seed in request.seeds
         for entry in entries
+        for plan in plans
     ]
 
 
@@ -196,6 +208,8 @@ def _check_budget(request: Request) -> None:
             raise InvalidOptionError(f"no {kind} was named: give at least one")
         if len(set(names)) < len(names):
             raise InvalidOptionError(f"a {kind} is named twice in {', '.join(names)}: name each once")
+    if not request.selections:
+        raise InvalidOptionError("no selection was given: use none to train on everything")
     if not request.seeds:
         raise InvalidOptionError("no seed was given: use at least one")
     for what, value in (

@@ -5,6 +5,7 @@ that serves both.
 """
 
 import dataclasses
+import inspect
 import sys
 import types
 import typing
@@ -35,8 +36,8 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 def dataclasses_of(annotation: Any) -> dict[str, Any]:
     """Dataclasses that an annotation allows, by name.
 
-    For a runtime-checkable protocol these are the dataclasses of its own module that follow it, so that a
-    new solver beside the others can be named at once.
+    For a runtime-checkable protocol or an abstract class these are the dataclasses of its own module that follow it,
+    so that a new solver beside the others can be named at once.
 
     Args:
         annotation: Any annotation.
@@ -48,7 +49,7 @@ def dataclasses_of(annotation: Any) -> dict[str, Any]:
     for kind in alternatives(annotation):
         if dataclasses.is_dataclass(kind):
             found[getattr(kind, "__name__", str(kind))] = kind
-        elif getattr(kind, "_is_runtime_protocol", False):
+        elif getattr(kind, "_is_runtime_protocol", False) or inspect.isabstract(kind):
             members = vars(sys.modules[kind.__module__])
             found |= {
                 name: member
@@ -163,7 +164,7 @@ def describe(annotation: Any) -> str:
         if get_origin(kind) is Literal:
             names += [repr(choice) for choice in get_args(kind)]
         elif get_origin(kind) is tuple:
-            names.append(f"({', '.join(describe(item) for item in get_args(kind))})")
+            names.append(f"({', '.join('...' if item is ... else describe(item) for item in get_args(kind))})")
         elif known := dataclasses_of(kind):
             names += [f"{name}(...)" for name in known]
         elif getattr(kind, "__module__", "").split(".")[0] != "torch":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.errors import InvalidOptionError
 
-__all__ = ["Shape", "Split", "Splits", "batches", "epoch_order", "split_three_ways", "standardise"]
+__all__ = ["Shape", "Split", "Splits", "batches", "epoch_generator", "epoch_order", "split_three_ways", "standardise"]
 
 # Odd, so that (seed, epoch) pairs do not collide for any run one would make.
 _EPOCH_STRIDE = 1_000_003
@@ -35,10 +35,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs and targets of one part of the data, first axis over samples."""
+    """Inputs and targets of one part of the data, first axis over samples.
+
+    `wrong` marks the samples whose target is known to be wrong, `[N]` of bool; None where nothing is known. No
+    training looks at it: it is there to be counted.
+    """
 
     inputs: Tensor
     targets: Tensor
+    wrong: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -52,7 +57,19 @@ class Split:
         Returns:
             The split on that device.
         """
-        return Split(self.inputs.to(device), self.targets.to(device))
+        wrong = None if self.wrong is None else self.wrong.to(device)
+        return Split(self.inputs.to(device), self.targets.to(device), wrong)
+
+    def take(self, index: Tensor) -> "Split":
+        """Some of the samples.
+
+        Args:
+            index: Their places, in the order that is wanted.
+
+        Returns:
+            A split of them.
+        """
+        return Split(self.inputs[index], self.targets[index], None if self.wrong is None else self.wrong[index])
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,7 @@ def standardise(splits: Splits, *, targets: bool = False) -> Splits:
 
     def convert(split: Split) -> Split:
         outputs = (split.targets - scaling["target_mean"]) / scaling["target_scale"] if targets else split.targets
-        return Split((split.inputs - input_mean) / input_scale, outputs)
+        return Split((split.inputs - input_mean) / input_scale, outputs, split.wrong)
 
     return Splits(convert(splits.train), convert(splits.val), convert(splits.test), scaling=scaling)
 
@@ -163,8 +180,20 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Tensor:
     Returns:
         A permutation of `range(num_samples)`.
     """
-    generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
-    return torch.randperm(num_samples, generator=generator)
+    return torch.randperm(num_samples, generator=epoch_generator(seed, epoch))
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """What decides the order of one epoch.
+
+    Args:
+        seed: Seed of the run.
+        epoch: 1 for the first epoch.
+
+    Returns:
+        A generator of its own on the CPU, at its beginning.
+    """
+    return torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
 
 
 def batches(split: Split, *, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,10 +21,21 @@ from steepest.training.evaluate import evaluate
 from steepest.training.loop import DivergedError, Trainer
 from steepest.training.memory import memory_kind, peak_memory
 from steepest.training.optimizer import OptimizerEntry
-from steepest.training.records import SCHEMA, EpochPoint, Final, MetricNote, Problem, RunRecord, Status, finite
+from steepest.training.records import (
+    SCHEMA,
+    EpochPoint,
+    Final,
+    MetricNote,
+    Problem,
+    RunRecord,
+    Selected,
+    Status,
+    finite,
+)
 from steepest.training.registry import get_optimizer
 from steepest.training.source import resolve
 from steepest.training.spec import RunSpec
+from steepest.training.subsets import Subset
 from steepest.training.task import Task
 from steepest.training.trained import save_model
 
@@ -43,6 +54,7 @@ class Outcome:
     error: str | None = None
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     history: list[EpochPoint] = field(default_factory=list)
+    selections: list[Selected] = field(default_factory=list)
     final: Final | None = None
     seconds: float = 0.0
     steps: int = 0
@@ -78,8 +90,9 @@ def make_record(spec: RunSpec, outcome: Outcome, environment: dict[str, str | in
         budget_seconds=spec.seconds,
         schedule=spec.schedule,
         batch_size=spec.batch_size,
+        select=spec.select,
         environment=environment,
-        **{**vars(outcome), "history": tuple(outcome.history)},
+        **{**vars(outcome), "history": tuple(outcome.history), "selections": tuple(outcome.selections)},
     )
 
 
@@ -96,6 +109,7 @@ def execute(
     *,
     own_process: bool = False,
     keeping: Keeping | None = None,
+    subset: Subset | None = None,
 ) -> RunRecord:
     """Make a run; errors in it become part of the record.
 
@@ -104,6 +118,8 @@ def execute(
         on_epoch: Called with every new point of the history.
         own_process: Whether this process exists for this run alone; memory is measured only then.
         keeping: Where checkpoints and the trained model go; a checkpoint that is there is continued from.
+        subset: What is trained on from the first step on, with as many steps as all of the data would have; for
+            subsets that were chosen before. The run's key knows nothing of it.
 
     Returns:
         The record.
@@ -118,7 +134,7 @@ def execute(
     outcome = Outcome()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            _run(spec, outcome, on_epoch, own_process=own_process, keeping=keeping)
+            _run(spec, outcome, on_epoch, own_process=own_process, keeping=keeping, subset=subset)
     except (DivergedError, NonFiniteError) as error:
         outcome.status, outcome.error = "diverged", str(error)
     except (CheckpointError, OutputError):
@@ -138,6 +154,7 @@ def _run(
     *,
     own_process: bool,
     keeping: Keeping | None,
+    subset: Subset | None,
 ) -> None:
     task, entry = resolve(spec.origin()), get_optimizer(spec.optimizer)
     splits = task.load(spec.data_seed)
@@ -155,12 +172,13 @@ def _run(
         outcome.peak_memory = peak_memory(spec.device, trial)
         outcome.memory_kind = memory_kind(spec.device)
     torch.manual_seed(spec.seed)
-    trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), splits)
+    trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), splits, subset=subset)
     try:
         _train(trainer, on_epoch, keeping)
     finally:
         progress = trainer.progress
         outcome.history, outcome.steps, outcome.seconds = progress.history, progress.steps, progress.seconds
+        outcome.selections = progress.selections
     outcome.final = _final(task, model, splits)
     outcome.status, outcome.error = _judge(progress.history[0].val_loss, outcome.final)
     if keeping is not None:

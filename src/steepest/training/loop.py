@@ -1,25 +1,31 @@
 """The training loop: one function for all optimizers.
 
-The clock runs only while an optimizer takes its step (forward and backward included). Cutting batches,
-evaluation, the schedules of the learning rate and of other options, checkpoints and the check for divergence are
-outside of it.
+The clock runs only while an optimizer takes its step (forward and backward included) and while a subset is
+selected. Cutting batches, evaluation, the schedules of the learning rate and of other options, checkpoints and the
+check for divergence are outside of it.
+
+An epoch has as many steps on a subset as on all of the data: budgets, schedules and evaluations stay comparable.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
+from steepest.errors import InvalidOptionError
 from steepest.training.data import Splits, batches
 from steepest.training.evaluate import evaluate
 from steepest.training.optimizer import OptimizerEntry
-from steepest.training.records import EpochPoint, finite
+from steepest.training.records import EpochPoint, Selected, finite
+from steepest.training.select_text import parse_selection
+from steepest.training.selecting import noted, select_now
 from steepest.training.spec import RunSpec
 from steepest.training.steps import StepFunction
+from steepest.training.subsets import Subset, subset_batches
 from steepest.training.task import Task
 
 __all__ = ["DivergedError", "Progress", "Trainer"]
@@ -40,6 +46,7 @@ class Progress:
         seconds: Training time so far.
         losses: Mean loss of every batch of this epoch so far.
         history: Points so far, the untrained model first.
+        selections: What was selected so far.
     """
 
     epoch: int = 1
@@ -48,6 +55,7 @@ class Progress:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     history: list[EpochPoint] = field(default_factory=list)
+    selections: list[Selected] = field(default_factory=list)
 
 
 def _nothing() -> None:
@@ -66,6 +74,7 @@ class Trainer:
         optimizer: The optimizer on it.
         splits: The data, on the run's device.
         progress: How far it is.
+        subset: What is trained on at present; None for everything.
         base_lrs: Learning rate of every parameter group before the schedule.
     """
 
@@ -76,8 +85,13 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     splits: Splits
     progress: Progress = field(default_factory=Progress)
+    subset: Subset | None = None
 
     def __post_init__(self) -> None:
+        self._plan = None if self.spec.select is None else parse_selection(self.spec.select)
+        if self.subset is not None:
+            self.progress.selections = [noted(self.subset, self.splits.train, epoch=1)]
+        self._check_subset()
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._steps_per_epoch = len(self.splits.train) // self.spec.batch_size
         self._on_cuda = self.spec.device.startswith("cuda")
@@ -91,12 +105,16 @@ class Trainer:
 
         Raises:
             DivergedError: If the loss of a batch is not finite; the progress remains.
+            InvalidOptionError: If a subset is smaller than a batch.
         """
         progress = self.progress
         if not progress.history:
             self._add_point(0, None, on_epoch)
         step = self.entry.step(self.spec.options)
         while not self._finished():
+            self._select(before_step)
+            if self._out_of_seconds():
+                break
             for inputs, targets in self._rest_of_epoch():
                 before_step()
                 self._set_lr()
@@ -114,8 +132,35 @@ class Trainer:
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         spec, progress = self.spec, self.progress
-        every = batches(self.splits.train, batch_size=spec.batch_size, seed=spec.seed, epoch=progress.epoch)
+        train, size, seed, epoch = self.splits.train, spec.batch_size, spec.seed, progress.epoch
+        if self.subset is None:
+            every = batches(train, batch_size=size, seed=seed, epoch=epoch)
+        else:
+            every = subset_batches(train, self.subset, batch_size=size, seed=seed, epoch=epoch)
         return islice(every, progress.batch, None)
+
+    def _select(self, between: Callable[[], None]) -> None:
+        """Select what the next epochs are trained on, if it is time to and was not done before a checkpoint."""
+        plan, epoch, done = self._plan, self.progress.epoch, self.progress.selections
+        if plan is None or not plan.due(epoch) or (done and done[-1].epoch == epoch):
+            return
+        self._synchronise()
+        start = time.perf_counter()
+        # All states are those of before the selection until it is done: a checkpoint meanwhile has it made again.
+        subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, between)
+        self._synchronise()
+        seconds = time.perf_counter() - start
+        self.subset = subset
+        self.progress.seconds += seconds
+        done.append(replace(numbers, seconds=seconds))
+        self._check_subset()
+
+    def _check_subset(self) -> None:
+        if self.subset is not None and len(self.subset) < self.spec.batch_size:
+            raise InvalidOptionError(
+                f"the subset has {len(self.subset)} samples and a batch {self.spec.batch_size}: no batch would be "
+                "without repetitions; keep more samples or use a smaller batch size"
+            )
 
     def _out_of_seconds(self) -> bool:
         return self.spec.seconds is not None and self.progress.seconds >= self.spec.seconds

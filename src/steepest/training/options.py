@@ -16,7 +16,7 @@ from steepest.errors import InvalidOptionError
 from steepest.training.convert import convert, dataclasses_of, describe
 from steepest.training.errors import UnknownNameError, unknown
 
-__all__ = ["OptionSpec", "check_options", "option_specs", "parse_value"]
+__all__ = ["OptionSpec", "check_options", "dataclass_specs", "option_specs", "parse_value"]
 
 _WORDS: Mapping[str, object] = {"true": True, "false": False, "none": None}
 
@@ -54,6 +54,27 @@ def option_specs(constructor: Callable[..., object]) -> dict[str, OptionSpec]:
         # `def __init__(self, model, *, metric=..., **options)`: the rest is the parent's.
         return option_specs(constructor.__mro__[1]) | specs
     return specs
+
+
+def dataclass_specs(kind: Any) -> dict[str, OptionSpec]:
+    """Read the options of a dataclass from its fields.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        Specification by name, in the order of the fields.
+    """
+    hints = typing.get_type_hints(kind)
+    return {
+        item.name: OptionSpec(item.name, hints[item.name], _default(item))
+        for item in dataclasses.fields(kind)
+        if item.init
+    }
+
+
+def _default(item: "dataclasses.Field[Any]") -> object:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def check_options(owner: str, specs: Mapping[str, OptionSpec], options: Mapping[str, object]) -> dict[str, object]:
@@ -132,12 +153,7 @@ def _fields(name: str, annotation: Any) -> dict[str, OptionSpec]:
     known = dataclasses_of(annotation)
     if name not in known:
         raise UnknownNameError(unknown("value", name, known))
-    hints = typing.get_type_hints(known[name])
-    return {
-        item.name: OptionSpec(item.name, hints[item.name], item.default)
-        for item in dataclasses.fields(known[name])
-        if item.init
-    }
+    return dataclass_specs(known[name])
 
 
 def _make_dataclass(name: str, values: Mapping[str, object], annotation: Any) -> object:

@@ -25,11 +25,12 @@ __all__ = [
     "Problem",
     "RecordStore",
     "RunRecord",
+    "Selected",
     "Status",
     "finite",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 Status = Literal["finished", "diverged", "failed", "timed_out"]
 
 
@@ -83,6 +84,30 @@ class EpochPoint:
 
 
 @dataclass(frozen=True)
+class Selected:
+    """What a run selected at one time.
+
+    Attributes:
+        epoch: The first epoch that was trained on it.
+        kept: Samples that were kept.
+        seconds: What selecting took; it is part of the run's training time.
+        wrong: Samples whose label is known to be wrong: those that were kept and all of them; None where it is not
+            known.
+        digest: Hash of what was kept, and of the weights.
+        notes: What the method has to say.
+        numbers: What it measured by the way.
+    """
+
+    epoch: int
+    kept: int
+    seconds: float
+    wrong: tuple[int, int] | None
+    digest: str
+    notes: tuple[str, ...]
+    numbers: dict[str, float | None]
+
+
+@dataclass(frozen=True)
 class Final:
     """Numbers of the last model; nothing is selected by looking at the test split."""
 
@@ -117,7 +142,8 @@ class RunRecord:
         environment: Versions, machine, threads, precision, commit.
         history: Epoch by epoch; the first entry is the untrained model.
         final: Numbers of the last model, absent if the run did not get there.
-        seconds: Training time; evaluation, data loading and warm-up are not counted.
+        seconds: Training time, selections included; evaluation, data loading and the libraries' warm-up are not
+            counted.
         steps: Optimizer steps taken.
         peak_memory: Growth of memory during the run in bytes, None where it cannot be told.
         memory_kind: What `peak_memory` measures.
@@ -125,6 +151,8 @@ class RunRecord:
         samples: Samples in the training, validation and test split.
         fingerprint: Hash of the initial parameters and the first epoch's order: equal for all optimizers
             that are compared at one seed.
+        select: What was selected to train on; None where a run trained on everything.
+        selections: What was selected, in the order of time.
     """
 
     schema: int
@@ -153,6 +181,8 @@ class RunRecord:
     num_parameters: int | None
     samples: tuple[int, int, int] | None
     fingerprint: str | None
+    select: str | None
+    selections: tuple[Selected, ...]
 
     def to_line(self) -> str:
         """The record as one line of JSON.

@@ -110,6 +110,7 @@ class Settings:
         optimizers: tuple[str, ...],
         seeds: Sequence[int],
         options: Mapping[str, Mapping[str, object]],
+        selections: Sequence[str] = ("none",),
     ) -> Request:
         return Request(
             tasks=self.sources(tasks),
@@ -120,6 +121,7 @@ class Settings:
             options=options,
             schedule=self.schedule,
             batch_sizes=None if self.batch_size is None else [self.batch_size],
+            selections=selections,
             data_seed=self.data_seed,
             device=self.device,
             threads=self.threads,
@@ -134,6 +136,7 @@ class TrainSettings(Settings):
         task: The task.
         optimizer: The optimizer.
         options: Its options.
+        select: What is selected to train on, as METHOD:FRACTION[:NAME=VALUE...]; none trains on everything.
         seed: Seed of initialisation and data order.
         checkpoint_every: Wall-clock seconds between two checkpoints.
     """
@@ -141,6 +144,7 @@ class TrainSettings(Settings):
     task: str | None = None
     optimizer: str = "sven"
     options: Mapping[str, object] = field(default_factory=dict)
+    select: str = "none"
     seed: int = 0
     checkpoint_every: float = 30.0
 
@@ -159,7 +163,7 @@ class TrainSettings(Settings):
             )
         names = (self.task,) if self.task is not None else ()
         options = {self.optimizer: self.options} if self.options else {}
-        return self._plan(names, (self.optimizer,), [self.seed], options)
+        return self._plan(names, (self.optimizer,), [self.seed], options, [self.select])
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class CompareSettings(Settings):
         tasks: The tasks.
         optimizers: The optimizers.
         options: Options by optimizer.
+        select: What is selected to train on, each for every optimizer; none trains on everything.
         batch_sizes: Batch sizes that are compared, each by itself, instead of one.
         seeds: Number of seeds: 0, 1, 2, ...
         tune: Learning rates to try for every optimizer; 0 for none; None tries 5 on tasks without stored ones.
@@ -182,6 +187,7 @@ class CompareSettings(Settings):
     tasks: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ("sven", "sgd", "adam", "lbfgs")
     options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    select: tuple[str, ...] = ("none",)
     batch_sizes: tuple[BatchSize, ...] = ()
     seeds: int = 3
     tune: int | None = None
@@ -200,7 +206,7 @@ class CompareSettings(Settings):
         """
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise InvalidOptionError(f"the timeout is {self.timeout}: it must be a finite number above 0")
-        plan = self._plan(self.tasks, self.optimizers, range(self.seeds), self.options)
+        plan = self._plan(self.tasks, self.optimizers, range(self.seeds), self.options, self.select)
         if not self.batch_sizes:
             return plan
         if self.batch_size is not None:

@@ -46,6 +46,7 @@ class RunSpec:
         batch_size: Samples per step.
         device: Torch device.
         threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.
+        select: What is selected to train on, as `SelectionPlan.text` writes it; None trains on everything.
         source: Where the task comes from; None means the registry's task of that name.
         options_source: How the options were chosen, for people; it decides no number.
         untuned: Whether nobody chose the learning rate for this task; it decides no number either.
@@ -62,6 +63,7 @@ class RunSpec:
     batch_size: int = 32
     device: str = "cpu"
     threads: int | None = 1
+    select: str | None = None
     source: Source | None = None
     options_source: str = "as given"
     untuned: bool = False
@@ -78,6 +80,8 @@ class RunSpec:
         """
         content = asdict(replace(self, options={}, source=None)) | {"options": plain(self.options)}
         del content["options_source"], content["untuned"]
+        if self.select is None:
+            del content["select"]  # as if there were no such thing: runs on everything keep the keys that they had
         content["source"] = plain(self.origin().identity())
         content |= {"steepest": package_version("steepest"), "torch": package_version("torch")}
         text = json.dumps(content, sort_keys=True, allow_nan=False)

@@ -71,7 +71,8 @@ def tuning_runs(specs: Sequence[RunSpec], trials: int) -> list[RunSpec]:
         trials: Learning rates per task and optimizer, from the entry's range.
 
     Returns:
-        The plan's runs at every tuning seed with every learning rate of the grid.
+        The plan's runs at every tuning seed with every learning rate of the grid; on all of the data, once for all
+        that is selected.
 
     Raises:
         InvalidOptionError: If the number of trials is not positive or the plan reports a tuning seed.
@@ -82,7 +83,7 @@ def tuning_runs(specs: Sequence[RunSpec], trials: int) -> list[RunSpec]:
         raise InvalidOptionError(f"seeds {TUNING_SEEDS} are for tuning and cannot be reported: use other seeds")
     cells = {(spec.task, spec.optimizer, spec.batch_size): spec for spec in specs}
     return [
-        replace(spec, seed=seed, options={**spec.options, "lr": lr})
+        replace(spec, select=None, seed=seed, options={**spec.options, "lr": lr})
         for spec in cells.values()
         for lr in log_grid(*get_optimizer(spec.optimizer).lr_range, trials)
         for seed in TUNING_SEEDS
@@ -134,8 +135,9 @@ def apply_choices(specs: Sequence[RunSpec], choices: Sequence[Choice]) -> list[R
         if choice is None or choice.lr is None:
             return spec
         trials = choice.runs // len(TUNING_SEEDS)
+        where = "comparison" if spec.select is None else "comparison and on all of the data"
         source = f"learning rate: best of {trials} rates x {len(TUNING_SEEDS)} other seeds by validation loss, in this "
-        source += f"comparison; the rest: {spec.options_source}"
+        source += f"{where}; the rest: {spec.options_source}"
         return replace(spec, options={**spec.options, "lr": choice.lr}, options_source=source)
 
     return [tuned(spec) for spec in specs]

@@ -22,7 +22,7 @@ from steepest.training.readers.idx import read_idx
 from steepest.training.task import FileTask, Task
 from steepest.training.tuned import rates, tuned_rates
 
-__all__ = ["CIFAR10_RESNET", "ENTRIES", "FASHION_MNIST_CNN"]
+__all__ = ["CIFAR10_RESNET", "ENTRIES", "FASHION_MNIST", "FASHION_MNIST_CNN"]
 
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _OFFICIAL_TRAIN = 60_000
@@ -164,6 +164,15 @@ _CLOTHES = "70,000 pieces of clothing of 28 x 28 pixels, 10 classes"
 _FASHION_SCALING = (0.2860, 0.3530)
 _MODEL = "MLP 784-32-32-32-10"
 
+FASHION_MNIST = _idx_entry(
+    "fashion_mnist",
+    f"{_CLOTHES}; {_MODEL}",
+    _FASHION,
+    _FASHION_CLASSES,
+    scaling=_FASHION_SCALING,
+    epochs=10,
+    options=rates(sven=0.316, sgd=0.0316, adam=0.00169, lbfgs=0.178),
+)
 FASHION_MNIST_CNN = _idx_entry(
     "fashion_mnist_cnn",
     f"{_CLOTHES}; convolutional network of 16, 32 and 64 channels",
@@ -200,15 +209,7 @@ ENTRIES = [
         epochs=20,
         loss=LabelRegression(),
     ),
-    _idx_entry(
-        "fashion_mnist",
-        f"{_CLOTHES}; {_MODEL}",
-        _FASHION,
-        _FASHION_CLASSES,
-        scaling=_FASHION_SCALING,
-        epochs=10,
-        options=rates(sven=0.316, sgd=0.0316, adam=0.00169, lbfgs=0.178),
-    ),
+    FASHION_MNIST,
     FASHION_MNIST_CNN,
     _cifar10_entry("cifar10", "convolutional network", _CNN, batch_size=64, epochs=10),
     CIFAR10_RESNET,

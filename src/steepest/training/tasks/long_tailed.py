@@ -94,7 +94,7 @@ def _thinned(train: Split, sizes: list[int], data_seed: int) -> Split:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(data_seed))
     drawn = train.targets[order]
     kept = torch.cat([order[drawn == number][:size] for number, size in enumerate(sizes)]).sort().values
-    return Split(train.inputs[kept], train.targets[kept])
+    return train.take(kept)
 
 
 def _name(entry: Task | FileTask, imbalance: float) -> str:

@@ -1,0 +1,178 @@
+"""`steepest select --check`: fresh models on the subset, on random subsets and on everything, at equal steps."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from steepest._files import write_atomically
+from steepest.errors import NonFiniteError, SelectionError
+from steepest.report.groups import label_of
+from steepest.report.measure import LOSS, Measure
+from steepest.report.selection_check import ARMS, Arm, Check, CheckRun
+from steepest.report.words import count, number
+from steepest.selection.result import Selection
+from steepest.selection.select import select_subset
+from steepest.selection.simple import Random
+from steepest.training.convert import convert
+from steepest.training.data import Split, Splits
+from steepest.training.loop import DivergedError, Trainer
+from steepest.training.registry import get_optimizer
+from steepest.training.spec import RunSpec
+from steepest.training.task import Task
+
+__all__ = ["check_selection", "repeated"]
+
+_FORMAT = 1
+# Apart from the seed that a random selection has by default: its check would draw the same samples.
+_FIRST_DRAW = 1000
+
+
+def check_selection(
+    selection: Selection,
+    spec: RunSpec,
+    task: Task,
+    splits: Splits,
+    *,
+    seeds: int,
+    cost: float,
+    kept: Path,
+    console: Console,
+) -> Check:
+    """Train the models of a check; those that were trained before are not repeated.
+
+    Args:
+        selection: The selection.
+        spec: How to train.
+        task: The task.
+        splits: Its data.
+        seeds: How many models of each kind.
+        cost: Seconds of the selection, its scorer included.
+        kept: File of the runs that are done.
+        console: Where progress goes.
+
+    Returns:
+        The check.
+    """
+    identity = f"{spec.key()} {_digest(selection)}"
+    runs = _read(kept, identity)
+    done = {(run.arm, run.seed) for run in runs}
+    wanted: list[tuple[Arm, int]] = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+    console.print(f"check: {count(len(wanted), 'run')} of {count(spec.epochs or 0, 'epoch')}", soft_wrap=True)
+    measure = _measure(task)
+    for place, (arm, seed) in enumerate(wanted, start=1):
+        if (arm, seed) in done:
+            continue
+        run = _run(arm, replace(spec, seed=seed), task, splits, selection)
+        runs.append(run)
+        content = {"format": _FORMAT, "identity": identity, "runs": [asdict(run) for run in runs]}
+        write_atomically(kept, json.dumps(content, allow_nan=False) + "\n")
+        console.print(f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}] {_line(run, measure)}", soft_wrap=True)
+    return Check(
+        runs=tuple(run for run in runs if run.seed < seeds),
+        method=selection.method,
+        kept=len(selection),
+        num_samples=selection.num_samples,
+        steps=(spec.epochs or 0) * (selection.num_samples // spec.batch_size),
+        optimizer=label_of(spec.optimizer),
+        measure=measure,
+        balanced=selection.labels is not None,
+        cost=cost,
+    )
+
+
+def repeated(weights: Tensor, total: int) -> Tensor:
+    """How often each kept sample comes in an epoch of as many samples as everything has, in proportion to weights.
+
+    Args:
+        weights: Weights of the kept samples, `[k]`.
+        total: Samples of an epoch.
+
+    Returns:
+        Whole numbers `[k]` whose sum is the total; the largest remainders are rounded up.
+
+    Example:
+        >>> repeated(torch.tensor([1.0, 1.0, 1.0]), 7)
+        tensor([3, 2, 2])
+    """
+    exact = weights.double() / weights.double().sum() * total
+    counts = exact.floor().long()
+    left = total - int(counts.sum())
+    counts[(exact - counts).argsort(descending=True, stable=True)[:left]] += 1
+    return counts
+
+
+def _measure(task: Task) -> Measure:
+    if not task.metrics:
+        return LOSS
+    main = task.metrics[0]
+    return Measure(main.name, main.label, main.higher_is_better)
+
+
+def _run(arm: Arm, spec: RunSpec, task: Task, splits: Splits, selection: Selection) -> CheckRun:
+    train = splits.train if arm == "everything" else _part(splits.train, *_chosen(arm, spec.seed, splits, selection))
+    entry, measure, shape = get_optimizer(spec.optimizer), _measure(task), splits.shape
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(spec.seed)
+        model = task.model(shape).to(spec.device)
+        data = replace(splits, train=train).to(spec.device)
+        trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), data)
+        try:
+            trainer.run(lambda _point: None)
+        except (DivergedError, NonFiniteError):
+            return CheckRun(arm, spec.seed, None, None, trainer.progress.seconds)
+    last = trainer.progress.history[-1]
+    value = None if measure.name == LOSS.name else measure.of(last)
+    return CheckRun(arm, spec.seed, LOSS.of(last), value, trainer.progress.seconds)
+
+
+def _chosen(arm: Arm, seed: int, splits: Splits, selection: Selection) -> tuple[Tensor, Tensor]:
+    if arm == "subset":
+        return selection.indices, selection.weights
+    data = (splits.train.inputs, splits.train.targets)
+    drawn = select_subset(None, data, method=Random(seed=_FIRST_DRAW + seed), count=len(selection), review=False)
+    return drawn.indices, drawn.weights
+
+
+def _part(train: Split, indices: Tensor, weights: Tensor) -> Split:
+    """The subset as often as it takes to make as many samples, and so as many steps, as everything."""
+    positions = indices.repeat_interleave(repeated(weights, len(train)))
+    return Split(train.inputs[positions], train.targets[positions])
+
+
+def _digest(selection: Selection) -> str:
+    digest = hashlib.sha256(selection.fingerprint.encode())
+    digest.update(selection.indices.numpy().tobytes())
+    digest.update(selection.weights.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path, identity: str) -> list[CheckRun]:
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        fits, runs = convert(content["runs"], tuple[CheckRun, ...])
+        found = (content["format"], content["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SelectionError(f"{path} cannot be read ({error}): delete it to have its runs repeated") from error
+    if not fits or found[0] != _FORMAT:
+        raise SelectionError(f"{path} holds no runs of a check: delete it to have them repeated")
+    # Of other settings: they say nothing about these.
+    return list(runs) if found[1] == identity else []
+
+
+def _line(run: CheckRun, measure: Measure) -> str:
+    parts = [f"{run.arm:<10} seed {run.seed:<3}"]
+    if run.val_loss is None:
+        parts.append("diverged")
+    else:
+        parts.append(f"val loss {number(run.val_loss)}")
+    if run.val_metric is not None and math.isfinite(run.val_metric):
+        parts.append(f"{measure.label} {measure.text(run.val_metric)}")
+    return "  ".join([*parts, f"{run.seconds:.2f} s"])

@@ -1,0 +1,187 @@
+"""Settings of `steepest select`, and the files that it writes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from steepest.errors import InvalidOptionError, OutputError
+from steepest.training.compare import plan_runs
+from steepest.training.files import write_atomically
+from steepest.training.settings import Settings
+from steepest.training.spec import RunSpec
+
+__all__ = ["Places", "SelectSettings"]
+
+_WARMUP = 2
+
+
+@dataclass(frozen=True)
+class SelectSettings(Settings):
+    """Settings of `steepest select`; epochs, schedule and batch size are those of the models that are trained.
+
+    Attributes:
+        task: The task whose training split is chosen from.
+        method: How to choose.
+        options: Its options.
+        fraction: Share of the samples to keep. Either this or `count`.
+        count: Number of samples to keep.
+        optimizer: What the scorer and the models of the check are trained with.
+        seed: Seed of the scorer.
+        warmup: Epochs that the scorer is trained for; None is 2.
+        weights: A trained model to score with instead.
+        check: Seeds to train on the subset, on random ones and on everything; 0 for none.
+        checkpoint_every: Wall-clock seconds between two checkpoints.
+    """
+
+    task: str | None = None
+    method: str = "sage"
+    options: Mapping[str, object] = field(default_factory=dict)
+    fraction: float | None = None
+    count: int | None = None
+    optimizer: str = "adamw"
+    seed: int = 0
+    warmup: int | None = None
+    weights: str | None = None
+    check: int = 0
+    checkpoint_every: float = 30.0
+
+    def validate(self) -> None:
+        """Refuse what cannot be, before anything is read or trained.
+
+        Raises:
+            InvalidOptionError: If a value is impossible, or two settings exclude each other.
+        """
+        if (self.fraction is None) == (self.count is None):
+            given = "neither" if self.fraction is None else "both"
+            raise InvalidOptionError(f"--fraction and --count: {given} of them given, give one, as in --fraction 0.1")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise InvalidOptionError(
+                f"the fraction is {self.fraction:g}: give a number above 0 and at most 1, as in 0.1"
+            )
+        if self.count is not None and self.count < 1:
+            raise InvalidOptionError(f"the count is {self.count}: give 1 or more samples to keep")
+        if self.budget_seconds is not None:
+            raise InvalidOptionError("budget_seconds: models are compared at equal steps here, give epochs instead")
+        if self.warmup is not None and (self.warmup < 0 or self.weights is not None):
+            raise InvalidOptionError(
+                f"the warm-up is {self.warmup} epochs: give 0 or more"
+                if self.warmup < 0
+                else "--warmup trains a scorer and --weights brings one: drop one of them"
+            )
+        if self.check < 0:
+            raise InvalidOptionError(f"the check has {self.check} seeds: give 1 or more, or 0 for no check")
+        if not 0 <= self.checkpoint_every < float("inf"):
+            raise InvalidOptionError(
+                f"the seconds between checkpoints are {self.checkpoint_every}: give a finite number"
+            )
+
+    def plan(self) -> RunSpec:
+        """The training that the scorer's is a part of: the task's own epochs, and everything else as set.
+
+        Returns:
+            The run.
+        """
+        names = (self.task,) if self.task is not None else ()
+        (spec,) = plan_runs(self._plan(names, (self.optimizer,), [self.seed], {}))
+        return spec
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs that the scorer is trained for."""
+        return _WARMUP if self.warmup is None else self.warmup
+
+
+@dataclass(frozen=True)
+class Places:
+    """Files of a selection, all beside each other.
+
+    Attributes:
+        folder: Where they are.
+        stem: Their name without suffix.
+    """
+
+    folder: Path
+    stem: str
+
+    @classmethod
+    def of(cls, settings: SelectSettings, task: str) -> "Places":
+        """Files of a selection by its settings.
+
+        Args:
+            settings: The settings.
+            task: Name of the task.
+
+        Returns:
+            The places.
+
+        Raises:
+            InvalidOptionError: If the output is a folder.
+        """
+        path = Path(settings.out or f"runs/select/{task}-{settings.method}.npz")
+        if path.is_dir() or not path.name:
+            raise InvalidOptionError(f"the output {path} is a folder: name a file in it, as in -o subset.npz")
+        return cls(path.parent, path.name.removesuffix(".npz"))
+
+    @property
+    def subset(self) -> Path:
+        """The selection."""
+        return self._named("npz")
+
+    @property
+    def words(self) -> Path:
+        """The selection's report for people and other programs."""
+        return self._named("json")
+
+    @property
+    def page(self) -> Path:
+        """The page; it is written last."""
+        return self._named("html")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The selection under way."""
+        return self._named("checkpoint")
+
+    @property
+    def scorer(self) -> Path:
+        """The scorer."""
+        return self._named("scorer.pt")
+
+    @property
+    def scorer_checkpoint(self) -> Path:
+        """The scorer's training under way."""
+        return self._named("scorer.checkpoint")
+
+    @property
+    def check(self) -> Path:
+        """Runs of the check that are done."""
+        return self._named("check.json")
+
+    def prepare(self, *, fresh: bool, weights: str | None = None) -> None:
+        """See that files can be written, and remove what is to be made anew.
+
+        Args:
+            fresh: Whether to begin anew.
+            weights: A model that the user brings: it stays, even if it is the scorer of the selection before.
+
+        Raises:
+            OutputError: If they cannot; told now, and not after the training of a scorer.
+        """
+        probe = self._named("probe")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(probe, "can files be written here?\n")
+            probe.unlink()
+        except (OSError, OutputError) as error:
+            reason = error.__cause__ if isinstance(error, OutputError) else error
+            raise OutputError(
+                f"{self.subset} cannot be written ({getattr(reason, 'strerror', reason)}): name another file with -o"
+            ) from error
+        if fresh:
+            written = (self.page, self.subset, self.words)
+            for path in (*written, self.checkpoint, self.scorer, self.scorer_checkpoint, self.check):
+                if weights is None or path.resolve() != Path(weights).resolve():
+                    path.unlink(missing_ok=True)
+
+    def _named(self, suffix: str) -> Path:
+        return self.folder / f"{self.stem}.{suffix}"

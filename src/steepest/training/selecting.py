@@ -1,0 +1,101 @@
+"""Selects what a run goes on with: the model of the moment looks at the training split once more."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from steepest.training.data import Split, Splits
+from steepest.training.records import Selected, finite
+from steepest.training.selections import SelectionPlan
+from steepest.training.subsets import Subset
+from steepest.training.task import Task
+
+__all__ = ["noted", "select_now"]
+
+
+def select_now(
+    plan: SelectionPlan,
+    seed: int,
+    epoch: int,
+    task: Task,
+    model: nn.Module,
+    splits: Splits,
+    between: Callable[[], None],
+) -> tuple[Subset, Selected]:
+    """Select from the training split with the model as it is.
+
+    The model itself is not touched, nor are torch's global generators: a copy of it is scored with, so that hooks of
+    an optimizer see nothing of it.
+
+    Args:
+        plan: What to select.
+        seed: Seed of the run.
+        epoch: The epoch that comes next.
+        task: The task, whose loss is looked at.
+        model: The model.
+        splits: The data.
+        between: Called again and again meanwhile; what it raises ends the selection.
+
+    Returns:
+        The subset, and what a record keeps of it (its seconds are not filled in).
+    """
+    from steepest.selection.select import select_subset
+
+    train = splits.train
+    method = plan.method(seed=seed, epoch=epoch)
+    with warnings.catch_warnings():
+        # What it warns of is among its notes, which the record keeps.
+        warnings.simplefilter("ignore", UserWarning)
+        selection = select_subset(
+            _copy(task, model, splits),
+            (train.inputs, train.targets),
+            task.loss.per_sample,
+            count=plan.kept(len(train)),
+            method=method,
+            labels=train.targets if task.kind == "classification" else None,
+            progress=lambda _progress: between(),
+            review=False,
+        )
+    subset = Subset(torch.as_tensor(selection.indices).long().cpu(), torch.as_tensor(selection.weights).float().cpu())
+    report = selection.report
+    numbers = {name: finite(float(value)) for name, value in report.numbers.items()}
+    return subset, noted(subset, train, epoch, tuple(report.notes), numbers)
+
+
+def noted(
+    subset: Subset,
+    train: Split,
+    epoch: int,
+    notes: tuple[str, ...] = (),
+    numbers: dict[str, float | None] | None = None,
+) -> Selected:
+    """What a record keeps of a subset.
+
+    Args:
+        subset: The subset.
+        train: What it is of.
+        epoch: The first epoch that is trained on it.
+        notes: What the method has to say.
+        numbers: What it measured.
+
+    Returns:
+        The entry, with no seconds in it.
+    """
+    digest = hashlib.sha256(subset.indices.numpy().tobytes() + subset.weights.numpy().tobytes()).hexdigest()[:16]
+    return Selected(epoch, len(subset), 0.0, _wrong(train.wrong, subset), digest, notes, numbers or {})
+
+
+def _wrong(wrong: Tensor | None, subset: Subset) -> tuple[int, int] | None:
+    return None if wrong is None else (int(wrong.cpu()[subset.indices].sum()), int(wrong.sum()))
+
+
+def _copy(task: Task, model: nn.Module, splits: Splits) -> nn.Module:
+    """A new model with the same state; a deep copy would take hooks along, which know the original."""
+    device = splits.train.inputs.device
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        copy = task.model(splits.shape).to(device)
+    copy.load_state_dict(model.state_dict())
+    return copy
