@@ -97,7 +97,7 @@ class Made(Dataset[tuple[Tensor, int]]):
 def peak(number: int, scope: str) -> None:
     """Print the peak of this process's memory in MiB."""
     torch.manual_seed(0)
-    model = mlp(784, 256, 10)
+    model = mlp(784, 64, 10)
     st.select_subset(model, Made(number), LOSS, fraction=0.1, method=st.SAGE(scope=scope), review=False)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -113,7 +113,7 @@ def memory(numbers: tuple[int, ...]) -> list[dict[str, object]]:
             found.append(float(done.stdout))
         row = {f"N={number}": mib for number, mib in zip(numbers, found, strict=True)}
         rows.append({
-            "model": "MLP 784-256-10",
+            "model": "MLP 784-64-10",
             "scope": scope,
             **row,
             "growth": found[-1] / found[0] - 1,

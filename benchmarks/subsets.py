@@ -90,7 +90,9 @@ ARMS: dict[str, Arm] = {
     "SAGE strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.0)),
     "SAGE cut 10 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.1)),
     "SAGE cut 20 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.2)),
-    "SAGE cut 30 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.3)),
+    "SAGE above 0.5, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.0, floor=0.5)),
+    "SAGE above 0.7, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.0, floor=0.7)),
+    "SAGE above 0.8, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.0, floor=0.8)),
     "SAGE cut 20 %, random": ("SAGE", 1, "balanced", lambda seed: st.RandomAboveCut(tail_cut=0.2, seed=seed)),
 }
 

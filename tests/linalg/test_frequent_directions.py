@@ -400,3 +400,24 @@ def test_memory_is_the_buffer_and_a_few_pieces() -> None:
 
     peak = peak_memory("cpu", more)
     assert peak < sketch.nbytes / 2, f"{peak} bytes beside a buffer of {sketch.nbytes}"
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0]], None, {"a": [1.0]}], ids=["list", "nothing", "list by name"])
+def test_what_is_no_tensor_is_refused_in_words(rows: Any) -> None:
+    with pytest.raises(st.errors.InvalidOptionError, match="give a tensor of shape"):
+        st.FrequentDirections(4).insert(rows)
+
+
+def test_only_a_sketch_is_merged() -> None:
+    other: Any = {"sketch_size": 4}
+    with pytest.raises(st.errors.InvalidOptionError, match="a dict: give another FrequentDirections"):
+        st.FrequentDirections(4).merge(other)
+
+
+@pytest.mark.parametrize("name", ["sketch_size", "num_rows", "taken", "blocks"])
+def test_a_state_that_is_not_whole_is_refused_and_changes_nothing(name: str) -> None:
+    sketch = fed(rows_of(30, 8), 4)
+    before = sketch.state_dict()
+    with pytest.raises(st.errors.InvalidOptionError, match=f"lacks {name}"):
+        sketch.load_state_dict({key: value for key, value in before.items() if key != name})
+    assert _same(sketch.state_dict(), before)

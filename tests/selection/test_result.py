@@ -305,3 +305,32 @@ def test_a_report_reads_as_sentences() -> None:
 def test_a_selection_shows_itself_in_one_line() -> None:
     assert repr(choose()) == "Selection(10 of 50 samples, method='toy')"
     assert choose().fraction == 0.2
+
+
+def test_a_subset_of_arrays_is_made_as_the_selection_was() -> None:
+    arrays = tuple(part.numpy() for part in DATA)
+    selection = choose(arrays)
+    for options in ({}, {"verify": False}):
+        subset = selection.subset(arrays, **options)
+        assert torch.equal(torch.stack([x for x, _ in subset]), DATA[0][selection.indices])
+
+
+def test_batches_have_no_samples_by_position() -> None:
+    batches = list(zip(DATA[0].split(8), DATA[1].split(8), strict=True))
+    selection = choose(batches, batch_size=None)
+    with pytest.raises(SelectionError, match="a list of 7 batches has no samples by position"):
+        selection.subset(batches)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_refused(path: str) -> None:
+    for use in (choose().save, st.Selection.load):
+        with pytest.raises(SelectionError, match="is a folder and names no file"):
+            use(path)
+
+
+def test_nobody_is_advised_to_unpickle_what_is_no_selection(tmp_path: Path) -> None:
+    (tmp_path / "subset.npz").write_bytes(b"anything else")
+    with pytest.raises(SelectionError, match="it is no NPZ file") as caught:
+        st.Selection.load(tmp_path / "subset")
+    assert "pickle" not in str(caught.value)

@@ -116,3 +116,14 @@ def test_class_weights_undo_balanced_quotas():
     assert picked.weights.mean() == pytest.approx(1)
     shares = torch.zeros(3).index_add_(0, y[picked.indices], picked.weights) / 12
     torch.testing.assert_close(shares, y.bincount() / 90)
+
+
+@pytest.mark.parametrize("scope", ["last", "all"])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**90])
+def test_scaling_all_losses_changes_nothing_where_float32_holds_the_gradients(scale, scope):
+    # S g is of second order in the gradients: it would vanish, or overflow, long before they do.
+    data, model, method = made(dtype=torch.float32), mlp(torch.float32), SAGE(sketch_size=4, scope=scope)
+    plain = sage(method, model, data)
+    scaled = sage(method, model, data, loss=lambda outputs, targets: scale * LOSS(outputs, targets))
+    torch.testing.assert_close(scaled.scores, plain.scores, rtol=0, atol=1e-5)
+    assert torch.equal(scaled.indices, plain.indices)

@@ -118,6 +118,8 @@ def test_a_fraction_is_rounded_to_the_nearest_number(fraction: float, number: in
         ({"checkpoint_every": -1}, "checkpoint_every=-1"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has 3 entries and the data 50 samples"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"progress": 5}, "progress=5: give a function that takes a Progress"),
+        ({"checkpoint": 5}, "checkpoint=5: give the path of a file"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -39,7 +39,7 @@ def gram(blocks: Iterable[Tensor], rows: int) -> Tensor:
         for columns in _chunks(rows, block.shape[1]):
             add_outer(total, block[:rows, columns].to(total))
     if total is None:
-        return torch.zeros(rows, rows, dtype=torch.float64)
+        return torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
     mirror_upper(total)
     return total
 

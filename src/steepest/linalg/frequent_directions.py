@@ -14,6 +14,7 @@ from steepest.linalg.column_blocks import gram, multiply, squared_norm
 __all__ = ["FrequentDirections"]
 
 _FLAT = ""  # the name of the only block of a sketch that is fed with tensors
+_STATE = ("sketch_size", "robust", "num_rows", "squared_norm", "taken", "settled", "blocks")
 
 
 class FrequentDirections:
@@ -179,6 +180,8 @@ class FrequentDirections:
             InvalidOptionError: If it is another kind of sketch.
             NonFiniteError: If both together are too large for float32; nothing is changed then.
         """
+        if not isinstance(other, FrequentDirections):
+            raise InvalidOptionError(f"merge() was given a {type(other).__name__}: give another FrequentDirections.")
         if (other._size, other._robust) != (self._size, self._robust):
             raise InvalidOptionError(
                 f"{other!r} cannot be merged into {self!r}: their bounds differ. Make all sketches with one "
@@ -214,8 +217,13 @@ class FrequentDirections:
             state: What `state_dict` returned, of a sketch of the same options.
 
         Raises:
-            InvalidOptionError: If it belongs to a sketch of other options.
+            InvalidOptionError: If it belongs to a sketch of other options, or is not whole; nothing is changed then.
         """
+        lacking = [name for name in _STATE if name not in (state or ())]
+        if lacking:
+            raise InvalidOptionError(
+                f"The saved sketch lacks {', '.join(lacking)}: give all that state_dict() returned."
+            )
         if (state.get("sketch_size"), state.get("robust")) != (self._size, self._robust):
             raise InvalidOptionError(
                 f"The saved sketch has sketch_size={state.get('sketch_size')!r} and robust={state.get('robust')!r}, "
@@ -231,8 +239,13 @@ class FrequentDirections:
 
     def _checked(self, rows: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bring rows to one form and compare them with those before."""
-        blocks = {_FLAT: rows} if isinstance(rows, Tensor) else dict(rows)
+        blocks = dict(rows) if isinstance(rows, Mapping) else {_FLAT: rows}
         for name, block in blocks.items():
+            if not isinstance(block, Tensor):
+                raise InvalidOptionError(
+                    f"Rows{name and f' of {name!r}'} are a {type(block).__name__}: give a tensor of shape [n, D], or "
+                    "such blocks of columns by name; torch.as_tensor makes one of an array."
+                )
             if block.ndim != 2 or block.layout != torch.strided or not block.is_floating_point():
                 raise InvalidOptionError(
                     f"Rows{name and f' of {name!r}'} of shape {tuple(block.shape)}, {block.dtype}, {block.layout}: "

@@ -1,6 +1,7 @@
 """A selection by SAGE under way: sketch the gradients, find the consensus, score every sample against it."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the options know how to begin a run
 
 __all__ = ["SageRun"]
 
+ROUNDING = torch.finfo(torch.float32).eps ** 2  # of a squared norm: rows that are nothing else have no rank
 # Tensors and plain values, saved as they are.
 PLAIN = ("sketch", "sums", "counts", "consensus", "by_class", "sizes", "zeros", "scores", "projections", "numbers")
 
@@ -45,8 +47,8 @@ class SageRun(Run):
         self._by_class: bool | None = None  # not known before the first batch
         self._sizes: dict[int, int] = {}  # of the groups of the data
         self._zeros = 0
-        self._scores = torch.zeros(0)
-        self._projections = torch.zeros(0, 0, dtype=torch.float16)
+        self._scores = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._projections = torch.zeros(0, 0, dtype=torch.float16, device="cpu")
         self._numbers: dict[str, float] = {}
 
     @property
@@ -113,17 +115,19 @@ class SageRun(Run):
             "certificate": fd.certificate,
             "certificate_relative": fd.certificate / fd.squared_norm if fd.squared_norm else 0.0,
             "squared_norm": fd.squared_norm,
-            "sketch_rank": float((norms > 0).sum()),
+            "sketch_rank": float((norms > ROUNDING * len(norms) * norms.amax()).sum()) if len(norms) else 0.0,
         }
         if self._method.robust:
             self._numbers["ridge"] = fd.ridge
+        largest = float(norms.max().sqrt()) if len(norms) else 0.0
         if self._method.consensus == "gradients":
-            largest = float(norms.max().sqrt()) if len(norms) else 0.0
             self._consensus = {g: direction(z, largest) for g, z in self._means.projected(flat).items()}
-        self._sketch = {name: part.view(len(part), *self._shapes[name]) for name, part in flat.items()}
-        self._scores = torch.full((total,), torch.nan)
+        # Only directions of S g matter. A power of two rounds nothing, and float32 then holds S g wherever it holds g.
+        scale = 2.0 ** max(-126, min(126, -math.frexp(largest)[1]))
+        self._sketch = {name: part.mul_(scale).view(len(part), *self._shapes[name]) for name, part in flat.items()}
+        self._scores = torch.full((total,), torch.nan, dtype=torch.float32, device="cpu")
         if self._method.keep_projections:
-            self._projections = torch.zeros(total, len(norms), dtype=torch.float16)
+            self._projections = torch.zeros(total, len(norms), dtype=torch.float16, device="cpu")
 
     def _agreement(self, units: Tensor, groups: Tensor) -> Tensor:
         """Scores of unit projections, each against the consensus of its group."""
@@ -150,7 +154,7 @@ class SageRun(Run):
                 f"some batches of {where} have labels and others have none, so that classes cannot be compared: give "
                 "every sample a label, or class_policy='global'."
             )
-        return torch.full((len(rows.indices),), ALL)
+        return torch.full((len(rows.indices),), ALL, device="cpu")
 
     def _check_seen(self, rows: Rows, groups: Tensor) -> None:
         """Refuse a sample or a class that the first pass did not meet."""
@@ -168,7 +172,8 @@ class SageRun(Run):
         method = self._method
         scores = self._scores
         if method.keep_projections:
-            groups = labels if self._by_class and labels is not None else torch.full((len(scores),), ALL)
+            one = torch.full((len(scores),), ALL, device="cpu")
+            groups = labels if self._by_class and labels is not None else one
             parts = zip(self._projections.split(4096), groups.split(4096), strict=True)
             scores = torch.cat([self._agreement(units.double(), members) for units, members in parts])
         missing = int(scores.isnan().sum())
@@ -177,7 +182,7 @@ class SageRun(Run):
                 f"{missing} of {len(scores)} samples have no score: give every pass the whole data before the choice."
             )
         indices = keep_by_group(scores, labels, count, method.class_policy, method.rule)
-        weights = torch.ones(count)
+        weights = torch.ones(count, dtype=torch.float32, device="cpu")
         if method.weights == "class" and labels is not None:
             weights = class_weights(indices, labels)
         means = {"mean_agreement": scores.double().mean(), "mean_agreement_kept": scores[indices].double().mean()}

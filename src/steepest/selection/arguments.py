@@ -1,6 +1,7 @@
 """What `select_subset` is given, checked: how many, by which method, of which data, with which model."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from steepest.selection.sage import SAGE
 from steepest.selection.samples import Samples
 from steepest.selection.scan import BatchLosses, LossFn
 
-__all__ = ["Amount", "checked_method", "on_device", "roles", "takes_model"]
+__all__ = ["Amount", "check_callers", "checked_method", "on_device", "roles", "takes_model"]
 
 
 class Amount:
@@ -83,6 +84,22 @@ def checked_method(method: Method | None) -> Method:
     if not isinstance(method, Method):
         raise InvalidOptionError(f"method={method!r} is no selection method: give one such as SAGE() or Random().")
     return method
+
+
+def check_callers(progress: Any, checkpoint: Any) -> None:
+    """Refuse what would fail only after the first batch.
+
+    Args:
+        progress: What the user gave.
+        checkpoint: What the user gave.
+
+    Raises:
+        InvalidOptionError: If one of them is of another kind.
+    """
+    if progress is not None and not callable(progress):
+        raise InvalidOptionError(f"progress={progress!r}: give a function that takes a Progress, or None.")
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise InvalidOptionError(f"checkpoint={checkpoint!r}: give the path of a file, or None.")
 
 
 def roles(run: Run, method: Method, data: Samples, reference: Any, batch_size: int | None) -> dict[Role, Samples]:

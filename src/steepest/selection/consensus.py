@@ -58,7 +58,7 @@ class ClassMeans:
         """
         found = sorted(self._sums)
         length = len(next(iter(sketch.values())))
-        total = torch.zeros(length, len(found), dtype=torch.float64)
+        total = torch.zeros(length, len(found), dtype=torch.float64, device="cpu")
         for name, block in sketch.items():
             for columns in column_chunks(block.shape[1], 8 * (length + len(found)), CHUNK_BYTES):
                 means = torch.stack([self._sums[g][name][columns] / self._counts[g] for g in found])
@@ -119,7 +119,7 @@ def unit_rows(jacobian: Jacobian, sketch: Mapping[str, Tensor], indices: Tensor)
         NonFiniteError: If a projection is no finite number.
     """
     if not len(next(iter(sketch.values()))):  # every gradient was zero
-        return torch.zeros(len(indices), 0, dtype=torch.float64)
+        return torch.zeros(len(indices), 0, dtype=torch.float64, device="cpu")
     z = jacobian.project(sketch).detach().cpu().double()
     norms = z.norm(dim=1, keepdim=True)
     if not bool(norms.isfinite().all()):

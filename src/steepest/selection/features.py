@@ -123,15 +123,14 @@ class FeatureRun(TableRun):
         Returns:
             The choice. Scores: of the k samples of a group the first has k, the last 1, and all not chosen 0.
         """
-        scores = torch.zeros(self.table.num_rows, dtype=torch.float32)
+        scores = torch.zeros(self.table.num_rows, dtype=torch.float32, device="cpu")
         worst = 0.0
         for members, quota in self.shares(count, labels):
             order, measured = self._greedy(self.table.gather(members), quota)
-            scores[members[order]] = torch.arange(quota, 0, -1, dtype=torch.float32)
+            scores[members[order]] = torch.arange(quota, 0, -1, dtype=torch.float32, device="cpu")
             worst = max(worst, measured)
-        return Picked(
-            scores.nonzero().squeeze(1), scores, torch.ones(count, dtype=torch.float32), numbers={self._measure: worst}
-        )
+        weights = torch.ones(count, dtype=torch.float32, device="cpu")
+        return Picked(scores.nonzero().squeeze(1), scores, weights, numbers={self._measure: worst})
 
 
 def layer_inputs(rows: Rows) -> Tensor:
@@ -158,5 +157,5 @@ def rescale_(matrix: Tensor) -> int:
         The exponent: the matrix was divided by ``2 ** exponent``; 0 for a matrix of zeros.
     """
     exponent = math.frexp(float(matrix.abs().max()))[1]
-    torch.ldexp(matrix, torch.tensor(-exponent), out=matrix)
+    torch.ldexp(matrix, torch.tensor(-exponent, device=matrix.device), out=matrix)
     return exponent

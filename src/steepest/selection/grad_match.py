@@ -118,8 +118,8 @@ class _GradMatchRun(TableRun):
                 f"{8 * largest**2} bytes where max_memory={self._method.max_memory}: divide the samples by class "
                 '(class_policy="balanced", with labels), keep fewer, or raise max_memory.'
             )
-        scores = torch.zeros(self.table.num_rows, dtype=torch.float32)
-        weights = torch.zeros(self.table.num_rows, dtype=torch.float64)
+        scores = torch.zeros(self.table.num_rows, dtype=torch.float32, device="cpu")
+        weights = torch.zeros(self.table.num_rows, dtype=torch.float64, device="cpu")
         numbers = {"residual": 0.0, "matched": 0.0, "at_random": 0.0, "dropped": 0.0}
         generator = seeded(self._method.seed, ALL)
         for members, quota in shares:
@@ -143,11 +143,11 @@ class _GradMatchRun(TableRun):
         found = pursue(
             inputs, errors, 0 if whole else quota, ridge=self._method.ridge, tolerance=self._method.tolerance
         )
-        share = torch.zeros(len(members), dtype=torch.float64)
+        share = torch.zeros(len(members), dtype=torch.float64, device="cpu")
         if len(found.chosen):
             share[found.chosen] = found.weights / found.weights.mean()
         others = (share == 0).nonzero().squeeze(1)
-        drawn = torch.randperm(len(others), generator=generator)[: quota - len(found.chosen)]
+        drawn = torch.randperm(len(others), generator=generator, device="cpu")[: quota - len(found.chosen)]
         share[others[drawn]] = 1.0
         weights[members] = share * (len(members) / quota)
         scores[members] = found.projections

@@ -78,7 +78,7 @@ def herd(features: Tensor, count: int) -> tuple[Tensor, float]:
     squares = features.square().sum(1)
     spread = math.sqrt(float(squares.double().mean()))
     drift = torch.zeros_like(rest)  # sum of the taken - t mu
-    order = torch.empty(count, dtype=torch.int64)
+    order = torch.empty(count, dtype=torch.int64, device="cpu")
     for step in range(count):
         direction = (drift - rest).to(features.dtype)
         best = int(torch.addmv(squares, features, direction, alpha=2).argmin())

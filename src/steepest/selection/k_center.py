@@ -70,8 +70,8 @@ def farthest_points(features: Tensor, count: int) -> tuple[Tensor, float]:
     exponent = rescale_(features)
     mean = features.mean(0, dtype=torch.float64).to(features.dtype)
     best = int(_distances(features, mean).argmin())
-    nearest = torch.full((len(features),), torch.inf, dtype=features.dtype)
-    order = torch.empty(count, dtype=torch.int64)
+    nearest = torch.full((len(features),), torch.inf, dtype=features.dtype, device=features.device)
+    order = torch.empty(count, dtype=torch.int64, device="cpu")
     for step in range(count):
         order[step] = best
         torch.minimum(nearest, _distances(features, features[best]), out=nearest)

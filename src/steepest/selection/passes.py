@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steepest.errors import InvalidOptionError, SelectionError
+from steepest.selection.column import Column
 from steepest.selection.method import Run
 from steepest.selection.report import Estimate, Progress
 from steepest.selection.samples import Batch, Samples, fold
@@ -54,7 +55,7 @@ class Passes:
         self._digests: dict[str, bytes] = {}  # of finished passes, by role
         self._firsts: dict[str, bytes] = {}  # of their first batches
         self._losses: Tensor | None = None  # of the first batch, to know the loss by
-        self._labels: list[Tensor] = []
+        self._labels = Column(torch.int64)
         self.num_samples: int | None = None
 
     @property
@@ -65,7 +66,7 @@ class Passes:
     @property
     def labels(self) -> Tensor | None:
         """Labels of all samples, ``[N]``; known after the first pass over the data."""
-        return torch.cat(self._labels) if self._labels else None
+        return self._labels.tensor() if len(self._labels) else None
 
     def go(self, after_batch: Callable[[], None], at_length: Callable[[int], object]) -> None:
         """Go through all passes that are left.
@@ -105,7 +106,7 @@ class Passes:
 
     def _keep_labels(self, batch: Batch) -> None:
         if batch.labels is not None:
-            self._labels.append(batch.labels)
+            self._labels.add(batch.labels)
 
     def _clock(self, mark: float) -> float:
         now = time.monotonic()
@@ -201,7 +202,9 @@ class Passes:
         self._digests = {role: bytes.fromhex(digest) for role, digest in state["digests"].items()}
         self._firsts = {role: bytes.fromhex(digest) for role, digest in state["firsts"].items()}
         self._losses = state["losses"]
-        self._labels = [] if state["labels"] is None else [state["labels"]]
+        self._labels = Column(torch.int64)
+        if state["labels"] is not None:
+            self._labels.add(state["labels"])
 
     def _check_first(self, state: Mapping[str, Any]) -> None:
         """The rest of the data shows in the hash of the next whole pass, and at the latest in `Selection.subset`."""

@@ -45,7 +45,7 @@ class GrowingCholesky:
     def __init__(self, limit: int) -> None:
         self.size = 0
         self._limit = limit
-        self._factor = torch.eye(min(limit, 64), dtype=torch.float64)
+        self._factor = torch.eye(min(limit, 64), dtype=torch.float64, device="cpu")
 
     def append(self, column: Tensor, diagonal: float) -> bool:
         """Add a row and column.
@@ -58,7 +58,7 @@ class GrowingCholesky:
             False, with nothing changed, if the matrix would be singular up to rounding.
         """
         if self.size == len(self._factor):
-            grown = torch.eye(min(self._limit, 2 * self.size), dtype=torch.float64)
+            grown = torch.eye(min(self._limit, 2 * self.size), dtype=torch.float64, device="cpu")
             grown[: self.size, : self.size] = self._factor
             self._factor = grown
         row = self._solve(column, transposed=False)
@@ -124,10 +124,10 @@ class _Pursuit:
         squares = self.inputs.double().square().sum(1) * self.errors.double().square().sum(1)
         self.ridge = ridge * float(squares.mean())
         self.largest = math.sqrt(float(squares.max()))
-        self.target = torch.zeros(errors.shape[1], inputs.shape[1], dtype=torch.float64)
+        self.target = errors.new_zeros(errors.shape[1], inputs.shape[1], dtype=torch.float64)
         for x, e in zip(self.inputs.split(CHUNK), self.errors.split(CHUNK), strict=True):
             self.target.addmm_(e.double().T, x.double(), alpha=1 / len(inputs))
-        self.closed = torch.zeros(len(inputs), dtype=self.inputs.dtype)  # -inf for what cannot be chosen now
+        self.closed = self.inputs.new_zeros(len(inputs))  # -inf for what cannot be chosen now
         self.factor = GrowingCholesky(limit)
         self.chosen: list[int] = []
         self.weights = self.target.new_zeros(0)
@@ -184,7 +184,7 @@ class _Pursuit:
         self.dropped += 1
         if again:  # what leaves in the step in which it came would come at once again
             self.closed[column] = 0
-        keep = torch.arange(size) != at
+        keep = torch.arange(size, device="cpu") != at
         self.weights, self.aims = self.weights[keep], self.aims[keep]
         for rows in (self.x, self.e):
             rows[at : size - 1] = rows[at + 1 : size].clone()
@@ -229,6 +229,6 @@ def pursue(inputs: Tensor, errors: Tensor, count: int, *, ridge: float = 0.5, to
         if state.add(best):
             state.refit()
             left = float(state.residual().norm())
-    chosen = torch.tensor(state.chosen, dtype=torch.int64)
+    chosen = torch.tensor(state.chosen, dtype=torch.int64, device="cpu")
     scale = 2.0**state.exponent  # of the columns; weights and relative residuals do not depend on it
     return Matched(chosen, state.weights, left / whole if whole else 0.0, projections * scale, state.dropped)

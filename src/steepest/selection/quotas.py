@@ -67,7 +67,7 @@ def groups(labels: Tensor | None, policy: ClassPolicy, num_samples: int | None =
         total = num_samples if labels is None else len(labels)
         if total is None:
             raise InvalidOptionError("groups() has no labels: give num_samples, the number of samples.")
-        return {ALL: torch.arange(total)}
+        return {ALL: torch.arange(total, device="cpu")}
     labels = labels.cpu().long()
     order = torch.argsort(labels, stable=True)  # one sort, not one comparison of all labels per class
     classes, sizes = torch.unique_consecutive(labels[order], return_counts=True)

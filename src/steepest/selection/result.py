@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from steepest.errors import SelectionError
 from steepest.selection.report import Estimate, Progress, SelectionReport
@@ -86,9 +87,15 @@ class Selection:
         """
         if verify:
             self.check(data)
-        dataset = data.dataset if isinstance(data, DataLoader) else data
-        if isinstance(dataset, (tuple, list)) and all(isinstance(part, Tensor) for part in dataset):
-            dataset = TensorDataset(*dataset)
+        dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+        if isinstance(dataset, (tuple, list)):
+            if all(isinstance(part, (Tensor, np.ndarray)) for part in dataset):
+                dataset = Samples(dataset).dataset
+            elif len(dataset) != self.num_samples:
+                raise SelectionError(
+                    f"a {type(dataset).__name__} of {len(dataset)} batches has no samples by position, so no subset of "
+                    "it can be made: give a data set of single samples, or tensors."
+                )
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise SelectionError(
                 f"{type(dataset).__name__} has no samples by position, so no subset of it can be made: give a data set "
@@ -138,7 +145,8 @@ class Selection:
         Returns:
             The selection.
         """
-        arrays, about, report = read_selection(Path(path))
+        with torch.inference_mode(False):
+            arrays, about, report = read_selection(Path(path))
         selection = cls(**arrays, **about, report=report)
         if data is not None:
             selection.check(data)

@@ -57,11 +57,13 @@ def review(
     seen: set[bytes] = set()
     directions = _Directions()
     few = _by_position(data, samples, indices)
-    source, mask = (few, None) if few is not None else (samples, torch.zeros(int(indices.max()) + 1, dtype=torch.bool))
-    if mask is not None:
+    source = few or samples
+    mask: Tensor | None = None
+    if few is None:
+        mask = torch.zeros(int(indices.max()) + 1, dtype=torch.bool, device="cpu")
         mask[indices] = True
     for number, batch in enumerate(source.batches(), 1):
-        kept = torch.ones(len(batch), dtype=torch.bool) if mask is None else _within(mask, batch.indices)
+        kept = torch.ones_like(batch.indices, dtype=torch.bool) if mask is None else _within(mask, batch.indices)
         if kept.any():
             seen.update(key for key, keep in zip(sample_keys(batch), kept.tolist(), strict=True) if keep)
             if fixed is not None:

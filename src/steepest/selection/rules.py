@@ -41,7 +41,7 @@ class Rule(ABC):
         if missing:
             raise InvalidOptionError(f"{missing} of {len(scores)} scores are NaN: give every sample a number.")
         if not count:
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, dtype=torch.int64, device="cpu")
         return self._choose(scores.detach().cpu(), count, group).sort().values
 
     @abstractmethod
@@ -74,22 +74,27 @@ class Strata(Rule):
     Args:
         tail_cut: Share of the group to drop, rounded down, in [0, 1); never so many that fewer than ``count`` are
             left.
+        floor: Lowest score to keep, where enough are above it; None for no such bound. A bound adapts to how many
+            bad samples there are, which a share cannot.
 
     Example:
         >>> import torch
         >>> Strata(tail_cut=0.2).keep(torch.arange(10.0), 4)  # 0 and 1 are the tail
         tensor([2, 4, 6, 8])
+        >>> Strata(tail_cut=0.0, floor=5.0).keep(torch.arange(10.0), 2)
+        tensor([6, 8])
     """
 
     tail_cut: float = 0.2
+    floor: float | None = None
 
     def __post_init__(self) -> None:
-        check_real("tail_cut", self.tail_cut, low=0.0, high=1.0, open_high=True)
+        _check_tail(self.tail_cut, self.floor)
 
     def _choose(self, scores: Tensor, count: int, group: int) -> Tensor:
         del group
-        left = _above_tail(scores, count, self.tail_cut)
-        ranks = (2 * torch.arange(count) + 1) * len(left) // (2 * count)
+        left = _above_tail(scores, count, self.tail_cut, self.floor)
+        ranks = (2 * torch.arange(count, device="cpu") + 1) * len(left) // (2 * count)
         return left[ranks]
 
 
@@ -100,6 +105,7 @@ class RandomAboveCut(Rule):
     Args:
         tail_cut: Share of the group to drop, rounded down, in [0, 1); never so many that fewer than ``count`` are
             left.
+        floor: Lowest score to keep, where enough are above it; None for no such bound.
         seed: Of the choice; groups draw apart from each other.
 
     Example:
@@ -109,16 +115,17 @@ class RandomAboveCut(Rule):
     """
 
     tail_cut: float = 0.2
+    floor: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_real("tail_cut", self.tail_cut, low=0.0, high=1.0, open_high=True)
+        _check_tail(self.tail_cut, self.floor)
         check_integer("seed", self.seed, low=0)
 
     def _choose(self, scores: Tensor, count: int, group: int) -> Tensor:
         # Every position draws its turn, tail or not: a score that moves across the cut changes one choice, not all.
-        turn = torch.randperm(len(scores), generator=seeded(self.seed, group))
-        left = _above_tail(scores, count, self.tail_cut)
+        turn = torch.randperm(len(scores), generator=seeded(self.seed, group), device="cpu")
+        left = _above_tail(scores, count, self.tail_cut, self.floor)
         return left[turn[left].argsort()[:count]]
 
 
@@ -152,7 +159,7 @@ def seeded(seed: int, group: int) -> torch.Generator:
         The generator; streams of different seeds and groups are unrelated.
     """
     digest = hashlib.sha256(f"{seed}/{group}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _ranked(scores: Tensor) -> Tensor:
@@ -160,8 +167,16 @@ def _ranked(scores: Tensor) -> Tensor:
     return torch.argsort(scores, descending=True, stable=True)
 
 
-def _above_tail(scores: Tensor, count: int, tail_cut: float) -> Tensor:
-    """The same without the lowest share."""
+def _check_tail(tail_cut: float, floor: float | None) -> None:
+    check_real("tail_cut", tail_cut, low=0.0, high=1.0, open_high=True)
+    if floor is not None:
+        check_real("floor", floor)
+
+
+def _above_tail(scores: Tensor, count: int, tail_cut: float, floor: float | None) -> Tensor:
+    """The same without the lowest share, and without what lies below the floor."""
     total = len(scores)
     dropped = int(tail_cut * total + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    if floor is not None:
+        dropped = max(dropped, int((scores < floor).sum()))
     return _ranked(scores)[: max(count, total - dropped)]

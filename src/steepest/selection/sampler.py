@@ -225,10 +225,10 @@ def draw(indices: Tensor, weights: Tensor, seed: int, epoch: int) -> Tensor:
         ``[k]``: each position once, or drawn with replacement where weights differ.
     """
     # Two numbers in one: seeds of generators that differ by a constant must not give the same epochs shifted.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 12_345) % 2**63)
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch * 7_919 + 12_345) % 2**63)
     if bool((weights == weights[0]).all()):
-        return indices[torch.randperm(len(indices), generator=generator)]
+        return indices[torch.randperm(len(indices), generator=generator, device="cpu")]
     # By inversion of the cumulative sum: torch.multinomial ends at 2^24 categories and works in float32.
     bounds = weights.double().cumsum(0)
-    places = torch.rand(len(indices), generator=generator, dtype=torch.float64) * bounds[-1]
+    places = torch.rand(len(indices), generator=generator, dtype=torch.float64, device="cpu") * bounds[-1]
     return indices[torch.searchsorted(bounds, places, right=True).clamp_(max=len(indices) - 1)]

@@ -110,7 +110,7 @@ class Samples:
 
         Raises:
             InvalidOptionError: If a batch cannot be collated or told apart in samples, or labels are missing.
-        SelectionError: If the data has another length than in the pass before.
+            SelectionError: If the data has another length than in the pass before.
         """
         check_integer("start", start, low=0)
         number, self._passes = self._passes, self._passes + 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.errors import InvalidOptionError, NonFiniteError
+from steepest.selection.column import Column
 from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ClassPolicy, groups, quotas, settled
 
@@ -27,12 +28,12 @@ class ScoreRun(Run):
     def __init__(self, class_policy: ClassPolicy, keep: Keep) -> None:
         self.passes = 1
         self._policy, self._keep = class_policy, keep
-        self._scores: list[Tensor] = []
+        self._scores = Column(torch.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the state holds."""
-        return sum(scores.nbytes for scores in self._scores)
+        return self._scores.nbytes
 
     @abstractmethod
     def score(self, rows: Rows) -> Tensor:
@@ -58,7 +59,7 @@ class ScoreRun(Run):
                 f"The gradient of sample {int(rows.indices[bad][0])} is not finite or too large for float32: remove "
                 "or mend that sample, or look at the model's weights."
             )
-        self._scores.append(scores)
+        self._scores.add(scores)
 
     def pick(self, count: int, labels: Tensor | None) -> Picked:
         """Keep one end of the scores in every group.
@@ -70,7 +71,7 @@ class ScoreRun(Run):
         Returns:
             The choice and all scores.
         """
-        scores = torch.cat(self._scores)
+        scores = self._scores.tensor()
         members = groups(labels, self._policy, len(scores))
         kept = []
         for key, quota in checked_quotas(labels, count, self._policy, len(scores)).items():
@@ -82,11 +83,12 @@ class ScoreRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         """The scores so far."""
-        return {"scores": torch.cat(self._scores) if self._scores else None}
+        return {"scores": self._scores.tensor()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state."""
-        self._scores = [] if state["scores"] is None else [state["scores"].clone()]
+        self._scores = Column(torch.float32)
+        self._scores.add(state["scores"])
 
 
 class ErrorRun(ScoreRun):

@@ -12,7 +12,7 @@ from torch import nn
 
 from steepest._validation import check_real
 from steepest.errors import CaptureError, SelectionError, UnsupportedModelError
-from steepest.selection.arguments import Amount, checked_method, on_device, roles, takes_model
+from steepest.selection.arguments import Amount, check_callers, checked_method, on_device, roles, takes_model
 from steepest.selection.checkpoint import Keeper, versions
 from steepest.selection.method import Method, Picked, Run
 from steepest.selection.notes import class_counts, class_notes, vanished
@@ -92,6 +92,7 @@ def select_subset(
     method = checked_method(method)
     amount = Amount(fraction, count)
     check_real("checkpoint_every", checkpoint_every, low=0.0)
+    check_callers(progress, checkpoint)
     run = method.begin()
     samples = roles(run, method, Samples(data, labels=labels, batch_size=batch_size), reference, batch_size)
 
@@ -103,6 +104,7 @@ def select_subset(
     if (number := samples["data"].num_samples) is not None:
         at_length(number)
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # or nothing of the selection could take part in training
         fixed, model_hash = None, ""
         if takes_model(run, method, model, loss_fn, batch_losses, review) and model is not None:
             stack.enter_context(on_device(model, device))
@@ -128,7 +130,7 @@ def select_subset(
         seen = _look(data, samples["data"], picked, fixed, passes, run, notes) if review else None
         if keeper:
             keeper.remove()
-    selection = _selection(picked, passes, seen, method, run, model_hash if run.passes else "", notes)
+        selection = _selection(picked, passes, seen, method, run, model_hash if run.passes else "", notes)
     if lost := vanished(selection.report.class_counts):
         warnings.warn(lost, stacklevel=2)
     return selection

@@ -120,7 +120,10 @@ def read_selection(path: Path) -> tuple[dict[str, Any], dict[str, Any], Selectio
     remedy = "select again, or name the file that Selection.save wrote"
     try:
         # By way of memory: numpy leaves a damaged file open.
-        found: Any = np.load(io.BytesIO(npz.read_bytes()), allow_pickle=False)
+        content = npz.read_bytes()
+        if not content.startswith((b"PK", b"\x93NUMPY")):  # numpy would advise to unpickle it
+            raise SelectionError(f"{npz} cannot be read as a selection (it is no NPZ file): {remedy}.")
+        found: Any = np.load(io.BytesIO(content), allow_pickle=False)
         if not hasattr(found, "files"):
             raise SelectionError(f"{npz} is one array and no selection: {remedy}.")
         with found as file:
@@ -158,6 +161,10 @@ def read_selection(path: Path) -> tuple[dict[str, Any], dict[str, Any], Selectio
 
 
 def _paths(path: Path) -> tuple[Path, Path]:
+    if not path.name:
+        raise SelectionError(
+            f"{str(path)!r} is a folder and names no file: give a name within it, such as 'selection'."
+        )
     stem = path.name.removesuffix(".npz").removesuffix(".json")
     return path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.json")
 

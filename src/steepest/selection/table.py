@@ -77,9 +77,9 @@ class Table:
         Returns:
             ``[n, W]``.
         """
-        out = torch.empty(len(positions), self._width, dtype=torch.float32)
+        out = torch.empty(len(positions), self._width, dtype=torch.float32, device="cpu")
         size = self._block_rows(self._width)
-        edges = torch.searchsorted(positions, torch.arange(len(self._blocks) + 1) * size).tolist()
+        edges = torch.searchsorted(positions, torch.arange(len(self._blocks) + 1, device="cpu") * size).tolist()
         for number, block in enumerate(self._blocks):
             span = slice(edges[number], edges[number + 1])
             torch.index_select(block, 0, positions[span] - number * size, out=out[span])
