@@ -18,11 +18,16 @@ import torch
 import steepest as st
 from steepest.cli import run
 from steepest.commands import select as command
-from steepest.commands.select_check import repeated
-from steepest.commands.select_methods import make_method, method_options, parse_method_options
+from steepest.commands.select import select_settings
 from steepest.commands.select_progress import SelectionDisplay
+from steepest.commands.select_settings import SelectSettings
+from steepest.errors import InvalidOptionError
+from steepest.selection.method import Method
 from steepest.selection.report import Progress
+from steepest.training.execute import execute
+from steepest.training.select_text import parse_selection
 from steepest.training.source import Source, resolve
+from steepest.training.subsets import Subset
 
 STEEPEST = [sys.executable, "-m", "steepest.cli"]
 QUICK = ["select", "digits", "--fraction", "0.1", "--warmup", "1"]
@@ -100,6 +105,21 @@ def test_a_method_without_a_model_trains_no_scorer(tmp_path: Path, capsys: Capsy
     assert len(selected_in(tmp_path)) == 50
 
 
+def test_what_is_to_be_noted_is_a_note_and_no_warning_of_python(tmp_path: Path) -> None:
+    short = ["select", "digits", "--count", "5", "--method", "random", *out_of(tmp_path)]
+    done = subprocess.run([*STEEPEST, *short], capture_output=True, text=True, check=True)
+    assert "note: no sample of 5 of 10 classes was kept" in done.stdout
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["subset", "subset.npz", "subset.json", "subset.v1.npz", "subset.v1"])
+def test_the_files_are_where_the_command_says(name: str, tmp_path: Path, capsys: Capsys) -> None:
+    command_ = ["select", "digits", "--count", "50", "--method", "random", "-o", str(tmp_path / name), "--json"]
+    assert run(command_) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert {str(path) for path in tmp_path.iterdir()} == set(files.values())
+
+
 def test_a_regression_is_chosen_from_as_well(tmp_path: Path, capsys: Capsys) -> None:
     assert run(["select", "diabetes", "--fraction", "0.2", "--warmup", "1", "--check", "1", *out_of(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -118,16 +138,46 @@ def test_a_file_of_settings_serves_and_flags_override_it(tmp_path: Path, capsys:
     assert data["options"]["rule"] == {"type": "Top"}
 
 
-def test_options_of_a_method_are_read_from_its_fields() -> None:
-    texts = ["sage.sketch_size=8", "rule=top", "weights=class"]
-    assert make_method("sage", parse_method_options(texts, "sage")) == st.SAGE(
-        sketch_size=8, rule=st.Top(), weights="class"
-    )
-    given = parse_method_options(["rule=RandomAboveCut(tail_cut=0.5, seed=3)", "scope=('0',)"], "SAGE")
-    assert make_method("sage", given) == st.SAGE(rule=st.RandomAboveCut(tail_cut=0.5, seed=3), scope=("0",))
-    assert isinstance(make_method("kcenter", {}), st.KCenter)
-    assert isinstance(make_method("grad_match", {}), st.GradMatch)
-    assert method_options(st.SAGE())["rule"] == {"type": "Strata", "tail_cut": st.Strata().tail_cut}
+def made_by_select(name: str, *options: str) -> Method:
+    return select_settings(None, {"method": name}, options).make_method()
+
+
+@pytest.mark.parametrize("name", ["sage", "random", "EL2N", "grand", "herding", "kcenter", "k-center", "grad_match"])
+def test_a_method_has_one_set_of_names_and_defaults_in_both_commands(name: str) -> None:
+    plan = parse_selection(f"{name}:0.1")
+    assert plan is not None
+    assert made_by_select(name) == plan.entry.constructor()()
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["sage.sketch_size=8", "rule=top", "weights=class"], st.SAGE(sketch_size=8, rule=st.Top(), weights="class")),
+        (["rule=random", "tail_cut=0.5", "seed=3"], st.SAGE(rule=st.RandomAboveCut(tail_cut=0.5, seed=3))),
+        (["rule=Strata(tail_cut=0.3)", "scope=('0',)"], st.SAGE(rule=st.Strata(tail_cut=0.3), scope=("0",))),
+        (["tail_cut=0.3"], st.SAGE(rule=st.Strata(tail_cut=0.3))),
+    ],
+)
+def test_options_are_written_alike_in_both_commands(options: list[str], method: Method) -> None:
+    plan = parse_selection(":".join(["sage:0.1", *options]))
+    assert plan is not None
+    assert made_by_select("sage", *options) == method
+    assert plan.entry.make(plan.options, "here") == method
+
+
+@pytest.mark.parametrize(
+    "option", ["rull=top", "rule=top:tail_cut=0.1", "rule", "tail_cut=much", "sketch_size=0", "random.seed=1"]
+)
+def test_wrong_options_are_told_alike_in_both_commands(option: str) -> None:
+    told = []
+    with pytest.raises(InvalidOptionError) as caught:
+        parse_selection(f"sage:0.1:{option}")
+    told.append(str(caught.value).removeprefix(f"selection 'sage:0.1:{option}': "))
+    with pytest.raises(InvalidOptionError) as caught:
+        made_by_select("sage", *option.split(":"))
+    told.append(str(caught.value).removeprefix("--set: ").removeprefix("sage: "))
+    # When to select is a run's own matter, so that the lists of what is known differ.
+    assert told[0].partition("Known:")[0] == told[1].partition("Known:")[0]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +195,7 @@ def test_options_of_a_method_are_read_from_its_fields() -> None:
         (["--fraction", "0.1", "--set", "sketch_size=x"], "it takes int"),
         (["--fraction", "0.1", "--set", "rule=Strata(tail_cut=2)"], "tail_cut"),
         (["--fraction", "0.1", "--set", "random.seed=1"], "is sage, not random"),
-        (["--fraction", "0.1", "--set", "rule"], "write OPTION=VALUE"),
+        (["--fraction", "0.1", "--set", "rule"], "write NAME=VALUE"),
         (["--fraction", "0.1", "--warmup", "-1"], "0 or more"),
         (["--fraction", "0.1", "--check", "-1"], "1 or more"),
         (["--fraction", "0.1", "--weights", "no.pt"], "there is no model no.pt"),
@@ -228,11 +278,33 @@ def test_a_check_tells_who_won_and_may_be_added_later(tmp_path: Path, capsys: Ca
     assert json.loads(capsys.readouterr().out)["check"]["runs"] == data["runs"]
 
 
-def test_an_epoch_of_the_check_has_every_kept_sample_equally_often() -> None:
-    counts = repeated(torch.ones(108), 1079)
-    assert counts.sum() == 1079
-    assert set(counts.tolist()) == {9, 10}
-    assert repeated(torch.tensor([0.5, 1.5]), 8).tolist() == [2, 6]
+def test_the_check_trains_as_a_run_with_a_selection_does(tmp_path: Path, capsys: Capsys) -> None:
+    check = ["select", "digits", "--fraction", "0.1", "--method", "random", "--check", "1", "--epochs", "1"]
+    assert run([*check, *out_of(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["check"]["runs"]
+    spec = SelectSettings(task="digits", epochs=1).plan()
+    indices = selected_in(tmp_path).indices
+    expected = {
+        "subset": execute(spec, subset=Subset(indices, torch.ones(len(indices)))),
+        "everything": execute(spec),
+    }
+    for arm, record in expected.items():
+        (of_arm,) = [run for run in found if run["arm"] == arm]
+        assert record.final is not None
+        assert of_arm["val_loss"] == record.final.val_loss
+
+
+def test_what_no_scorer_can_mend_is_told_before_it_is_trained(tmp_path: Path, capsys: Capsys) -> None:
+    for arguments, message in (
+        (["digits", "--fraction", "0.1", "--set", "scope=('no_such',)"], "has no module 'no_such'"),
+        (["diabetes", "--fraction", "0.3", "--set", "class_policy=balanced"], "no whole-number labels"),
+        (["diabetes", "--fraction", "0.3", "--method", "kcenter", "--set", "class_policy=balanced"], "no whole-number"),
+        (["digits", "--fraction", "0.001", "--check", "1"], "fewer than a batch of the check has (64)"),
+    ):
+        assert run(["select", *arguments, *out_of(tmp_path)]) == 2, arguments
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1, shown  # no line of a training
 
 
 def interrupted_at(place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:

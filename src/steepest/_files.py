@@ -1,5 +1,6 @@
 """Files that are either complete or as they were, whatever happens while they are written."""
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -29,7 +30,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be the folder that is none
+            temporary.unlink()
         if isinstance(error, OSError):
             raise OutputError(
                 f"{path} cannot be written ({error.strerror or error}); what was written before is complete: make room "

@@ -299,7 +299,7 @@ def select(
         typer.Option("--out", "-o", help="The NPZ file; JSON and page beside it (runs/select/TASK-METHOD.npz)."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="sage (the default), random, el2n, grand, herding, k-center, grad-match.")
+        str | None, typer.Option(help="sage (the default), random, el2n, grand, herding, kcenter, gradmatch.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the method.")] = None,
     warmup: Annotated[

@@ -311,7 +311,11 @@ def test_a_lower_loss_is_the_better_one() -> None:
 
 def test_the_chance_of_ranges_that_do_not_overlap_is_told() -> None:
     assert "(by chance that happens in 10 %)" in check_verdict(checked([3.0, 4, 5], [0.0, 1, 2], [6.0, 6, 6]))[0]
-    assert "(by chance that happens in 33 %)" in check_verdict(checked([3.0, 4], [0.0, 1], [6.0, 6]))[0]
+    # Two seeds against two are apart by chance in one of three cases: nobody has won.
+    for low, high, word in (([0.0, 1], [3.0, 4], "behind"), ([3.0, 4], [0.0, 1], "ahead of")):
+        verdict = check_verdict(checked(low, high, [6.0, 6]))[0]
+        assert f"The subset is {word} random subsets" in verdict
+        assert "(by chance that happens in 33 %). Give --check 3 or more to be sure." in verdict
 
 
 def test_runs_that_diverged_are_counted_and_left_out_of_the_means() -> None:
@@ -323,3 +327,11 @@ def test_runs_that_diverged_are_counted_and_left_out_of_the_means() -> None:
 def test_a_page_is_written_whole(tmp_path: object) -> None:
     path = write_selection_page(pictures(), tmp_path / "page.html")  # type: ignore[operator]
     assert path.read_text(encoding="utf-8") == render_selection(pictures())
+
+
+def test_agreements_just_below_one_are_told_apart() -> None:
+    selected = chosen(splits(torch.rand(60, 1, 4, 5)), scores=1 - 1e-5 * torch.arange(1, 61))
+    highest = examples(selected)[0]
+    assert [picture.score for picture in highest.pictures][:3] == ["1 - 1.0e-5", "1 - 2.0e-5", "1 - 3.0e-5"]
+    report = replace(selected.selection.report, numbers={"mean_agreement": 0.9998, "mean_agreement_kept": 0.99992})
+    assert [value for name, value, _ in meanings(report) if "agreement" in name] == ["1 - 2.0e-4", "1 - 8.0e-5"]

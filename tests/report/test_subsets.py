@@ -11,7 +11,7 @@ from made import make_history, make_record
 from report.pages import check_harmless, read_page, table_named
 from steepest.commands.output import print_tables
 from steepest.report.goal import goal_of
-from steepest.report.groups import group, label_of
+from steepest.report.groups import group, label_of, short_names
 from steepest.report.html import render_report
 from steepest.report.live import run_line
 from steepest.report.measure import Goals
@@ -170,3 +170,18 @@ def test_batch_sizes_are_compared_selection_by_selection() -> None:
 def test_lines_about_runs_name_the_selection() -> None:
     line = run_line(RunSpec("toy_1d", "adamw", select="sage:0.1"), run("sage:0.1"), resumed=False)
     assert "AdamW, sage 0.1" in line
+
+
+def test_beside_the_lines_names_leave_out_what_all_selections_share() -> None:
+    both = [run(select, optimizer=name) for name in ("sgd", "adamw") for select in (None, "sage:0.1", "random:0.1")]
+    (cell,) = group(both)
+    assert short_names(cell.rows) == ["SGD", "SGD, sage", "SGD, random", "AdamW", "AdamW, sage", "AdamW, random"]
+    drawn = [text.text() for svg in read_page(render_report(both)).all("svg") for text in svg.all("text")]
+    assert "AdamW, random" in drawn
+    assert not any("…" in text for text in drawn)
+    (cell,) = group([run(None), run("sage:0.1"), run("gradmatch:0.1")])
+    assert short_names(cell.rows) == ["AdamW", "sage", "gradmatch"]
+    (cell,) = group([run("sage:0.1"), run("sage:0.2")])
+    assert short_names(cell.rows) == ["sage 0.1", "sage 0.2"]
+    (cell,) = group([run(None), run("sage:0.1")])
+    assert short_names(cell.rows) == ["AdamW", "AdamW, sage 0.1"]

@@ -334,3 +334,9 @@ def test_nobody_is_advised_to_unpickle_what_is_no_selection(tmp_path: Path) -> N
     with pytest.raises(SelectionError, match="it is no NPZ file") as caught:
         st.Selection.load(tmp_path / "subset")
     assert "pickle" not in str(caught.value)
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        choose().save(tmp_path / "file" / "subset.npz")

@@ -25,7 +25,7 @@ def test_every_method_has_its_name_its_options_and_defaults_of_the_right_type(na
     kind = METHODS[name].constructor()
     assert issubclass(kind, Method)
     assert dataclasses.is_dataclass(kind)
-    assert METHODS[name].specs().keys() == {item.name for item in dataclasses.fields(kind)} | {"warmup", "every"}
+    assert METHODS[name].specs().keys() == {item.name for item in dataclasses.fields(kind)}
     for spec in dataclass_specs(kind).values():
         assert convert(spec.default, spec.annotation)[0], spec
     plan = parse(f"{name}:0.25")

@@ -287,3 +287,17 @@ def test_regressions_are_selected_from_without_labels() -> None:
     record = execute(run)
     assert record.status == "finished", record.error
     assert record.selections[0].kept == 133
+
+
+@pytest.mark.parametrize(
+    ("task", "select", "message"),
+    [
+        ("digits", "sage:0.2:scope=('no_such',)", "has no module 'no_such'"),
+        ("diabetes", "sage:0.2:class_policy=balanced", "no whole-number labels"),
+        ("diabetes", "el2n:0.2:class_policy=balanced", "no whole-number labels"),
+    ],
+)
+def test_a_selection_that_cannot_be_made_is_told_before_any_run(task: str, select: str, message: str) -> None:
+    request = Request([Source(task)], ["adamw"], [0], epochs=2, selections=(None, select))
+    with pytest.raises(InvalidOptionError, match=f"cannot be made on {task}: .*{message}"):
+        plan_runs(request)

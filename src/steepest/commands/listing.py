@@ -8,7 +8,7 @@ from steepest.training.convert import describe
 from steepest.training.models import MODELS
 from steepest.training.options import OptionSpec
 from steepest.training.registry import optimizers, tasks
-from steepest.training.selections import METHODS
+from steepest.training.selections import METHODS, TIMES
 from steepest.training.task import FileTask
 
 __all__ = ["print_lists"]
@@ -31,11 +31,16 @@ def print_lists() -> None:
         typer.echo(f"  {entry.name:<{width}} {entry.description}")
         _print_options(entry.specs())
     typer.echo(
-        "\nselection methods, with what --select METHOD:FRACTION[:OPTION=VALUE...] takes (none: all of the data):"
+        "\nselection methods, with what --select METHOD:FRACTION[:OPTION=VALUE...] of train and compare takes, and "
+        "--set OPTION=VALUE of select:"
     )
     for method in METHODS.values():
         typer.echo(f"  {method.name:<{width}} {method.description}")
         _print_options(method.specs())
+    typer.echo(
+        f"  {'(each)':<{width}} with --select: epochs before the first selection, and from one to the next (0: one)"
+    )
+    _print_options(TIMES)
 
 
 def _print_options(specs: Mapping[str, OptionSpec]) -> None:

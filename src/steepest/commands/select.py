@@ -1,5 +1,6 @@
 """`steepest select`: the samples of a task that are worth training on, and whether that pays."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from steepest.commands.options import settings_from
 from steepest.commands.select_check import check_selection
-from steepest.commands.select_methods import make_method, method_options, parse_method_options
 from steepest.commands.select_output import print_selected, selected_json
 from steepest.commands.select_progress import SelectionDisplay
-from steepest.commands.select_scorer import epoch_seconds, make_scorer
+from steepest.commands.select_scorer import epoch_seconds, make_scorer, new_model
 from steepest.commands.select_settings import Places, SelectSettings
 from steepest.errors import InvalidOptionError, SelectionError
 from steepest.report.selection import write_selection_page
@@ -24,8 +24,11 @@ from steepest.report.words import listing
 from steepest.selection import Selection, select_subset
 from steepest.selection.method import Method
 from steepest.selection.scan import FixedModel
+from steepest.selection.stored import plain
 from steepest.training.data import Split, Splits
 from steepest.training.environment import environment_row
+from steepest.training.select_options import get_method, parse_pairs
+from steepest.training.selecting import reads_reference, try_out
 from steepest.training.settings import merge
 from steepest.training.source import resolve
 from steepest.training.spec import RunSpec
@@ -59,7 +62,9 @@ def select_settings(config: Path | None, flags: Mapping[str, object], options: S
         The settings.
     """
     settings = settings_from(SelectSettings, config, flags)
-    return merge(SelectSettings, vars(settings), {"options": parse_method_options(options, settings.method)})
+    entry = get_method(settings.method)
+    given = parse_pairs("--set", entry, entry.specs(), options)
+    return merge(SelectSettings, vars(settings), {"method": entry.name, "options": given})
 
 
 def select(settings: SelectSettings, *, fresh: bool, json: bool) -> int:
@@ -98,13 +103,10 @@ def select(settings: SelectSettings, *, fresh: bool, json: bool) -> int:
 
 def _job(settings: SelectSettings) -> _Job:
     settings.validate()
-    method, spec = make_method(settings.method, settings.options), settings.plan()
+    method, spec = settings.make_method(), settings.plan()
     task = resolve(spec.origin())
     splits = task.load(spec.data_seed)
-    if settings.count is not None and settings.count > len(splits.train):
-        raise InvalidOptionError(
-            f"the count is {settings.count:,}, {task.name} has {len(splits.train):,} training samples: keep fewer"
-        )
+    settings.check_amounts(spec, len(splits.train))
     return _Job(
         settings=settings,
         spec=spec,
@@ -123,6 +125,8 @@ def _selected(job: _Job) -> Selected:
         _refuse_finished(job)
     model, about, epoch = None, Scorer("no model: this method looks at none"), None
     if needs_model:
+        if job.settings.trains_scorer and not job.places.scorer.exists():
+            try_out(job.method, job.task, new_model(job.spec, job.task, job.splits), job.splits)
         scored = make_scorer(job.settings, job.spec, job.task, job.splits, job.places, job.errors)
         model, about, epoch = scored.model, scored.about, scored.epoch_seconds
     epoch = epoch or epoch_seconds(job.spec, job.task, job.splits)
@@ -134,7 +138,7 @@ def _selected(job: _Job) -> Selected:
         scorer=about,
         epoch_seconds=epoch,
         environment=environment_row(job.spec.device),
-        wrong=getattr(job.splits.train, "wrong", None),
+        wrong=job.splits.train.wrong,
     )
     if not job.settings.check:
         return selected
@@ -153,9 +157,10 @@ def _selected(job: _Job) -> Selected:
 
 def _choose(job: _Job, model: nn.Module | None) -> Selection:
     settings, train = job.settings, job.splits.train
-    reads = job.method.begin()
-    by_reference = any(reads.reads(number) == "reference" for number in range(reads.passes))
-    with SelectionDisplay(job.errors) as display:
+    by_reference = reads_reference(job.method)
+    with SelectionDisplay(job.errors) as display, warnings.catch_warnings():
+        # What it warns of is among its notes, which are printed.
+        warnings.simplefilter("ignore", UserWarning)
         selection = select_subset(
             model,
             _pair(train),
@@ -189,11 +194,10 @@ def _again(job: _Job, model: nn.Module | None) -> Selection:
     """The selection that is there, if it is what these settings make."""
     path = job.places.subset
     selection = Selection.load(path, data=_pair(job.splits.train))
-    share, count = job.settings.fraction or 0.0, job.settings.count
     wanted = {
         "method": (selection.method, job.method.name),
-        "options": (selection.options, method_options(job.method)),
-        "number of samples": (len(selection), count or max(1, int(share * selection.num_samples + 0.5))),
+        "options": (selection.options, _options(job)),
+        "number of samples": (len(selection), job.settings.kept(selection.num_samples)),
         "scorer": (selection.model_hash, _hash(job, model)),
     }
     other = [name for name, (found, now) in wanted.items() if found != now]
@@ -204,6 +208,12 @@ def _again(job: _Job, model: nn.Module | None) -> Selection:
         )
     job.errors.print(f"going on with the selection in {path}", soft_wrap=True)
     return selection
+
+
+def _options(job: _Job) -> dict[str, object]:
+    """Options of the method as a stored selection has them."""
+    names = get_method(job.settings.method).specs()
+    return {name: plain(getattr(job.method, name)) for name in names}
 
 
 def _hash(job: _Job, model: nn.Module | None) -> str:

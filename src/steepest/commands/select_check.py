@@ -6,12 +6,10 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from steepest._files import write_atomically
-from steepest.errors import NonFiniteError, SelectionError
+from steepest.errors import SelectionError
 from steepest.report.groups import label_of
 from steepest.report.measure import LOSS, Measure
 from steepest.report.selection_check import ARMS, Arm, Check, CheckRun
@@ -20,15 +18,15 @@ from steepest.selection.result import Selection
 from steepest.selection.select import select_subset
 from steepest.selection.simple import Random
 from steepest.training.convert import convert
-from steepest.training.data import Split, Splits
-from steepest.training.loop import DivergedError, Trainer
-from steepest.training.registry import get_optimizer
+from steepest.training.data import Splits
+from steepest.training.execute import execute
 from steepest.training.spec import RunSpec
+from steepest.training.subsets import Subset
 from steepest.training.task import Task
 
-__all__ = ["check_selection", "repeated"]
+__all__ = ["check_selection"]
 
-_FORMAT = 1
+_FORMAT = 2
 # Apart from the seed that a random selection has by default: its check would draw the same samples.
 _FIRST_DRAW = 1000
 
@@ -68,7 +66,7 @@ def check_selection(
     for place, (arm, seed) in enumerate(wanted, start=1):
         if (arm, seed) in done:
             continue
-        run = _run(arm, replace(spec, seed=seed), task, splits, selection)
+        run = _run(arm, replace(spec, seed=seed), splits, selection, measure)
         runs.append(run)
         content = {"format": _FORMAT, "identity": identity, "runs": [asdict(run) for run in runs]}
         write_atomically(kept, json.dumps(content, allow_nan=False) + "\n")
@@ -86,27 +84,6 @@ def check_selection(
     )
 
 
-def repeated(weights: Tensor, total: int) -> Tensor:
-    """How often each kept sample comes in an epoch of as many samples as everything has, in proportion to weights.
-
-    Args:
-        weights: Weights of the kept samples, `[k]`.
-        total: Samples of an epoch.
-
-    Returns:
-        Whole numbers `[k]` whose sum is the total; the largest remainders are rounded up.
-
-    Example:
-        >>> repeated(torch.tensor([1.0, 1.0, 1.0]), 7)
-        tensor([3, 2, 2])
-    """
-    exact = weights.double() / weights.double().sum() * total
-    counts = exact.floor().long()
-    left = total - int(counts.sum())
-    counts[(exact - counts).argsort(descending=True, stable=True)[:left]] += 1
-    return counts
-
-
 def _measure(task: Task) -> Measure:
     if not task.metrics:
         return LOSS
@@ -114,35 +91,23 @@ def _measure(task: Task) -> Measure:
     return Measure(main.name, main.label, main.higher_is_better)
 
 
-def _run(arm: Arm, spec: RunSpec, task: Task, splits: Splits, selection: Selection) -> CheckRun:
-    train = splits.train if arm == "everything" else _part(splits.train, *_chosen(arm, spec.seed, splits, selection))
-    entry, measure, shape = get_optimizer(spec.optimizer), _measure(task), splits.shape
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(spec.seed)
-        model = task.model(shape).to(spec.device)
-        data = replace(splits, train=train).to(spec.device)
-        trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), data)
-        try:
-            trainer.run(lambda _point: None)
-        except (DivergedError, NonFiniteError):
-            return CheckRun(arm, spec.seed, None, None, trainer.progress.seconds)
-    last = trainer.progress.history[-1]
-    value = None if measure.name == LOSS.name else measure.of(last)
-    return CheckRun(arm, spec.seed, LOSS.of(last), value, trainer.progress.seconds)
+def _run(arm: Arm, spec: RunSpec, splits: Splits, selection: Selection, measure: Measure) -> CheckRun:
+    record = execute(spec, subset=_subset(arm, spec.seed, splits, selection))
+    if record.status == "failed":
+        raise SelectionError(f"the training on {arm}, seed {spec.seed}, failed: {record.error}")
+    if record.status == "diverged" or record.final is None:
+        return CheckRun(arm, spec.seed, None, None, record.seconds)
+    return CheckRun(arm, spec.seed, record.final.val_loss, record.final.val_metrics.get(measure.name), record.seconds)
 
 
-def _chosen(arm: Arm, seed: int, splits: Splits, selection: Selection) -> tuple[Tensor, Tensor]:
+def _subset(arm: Arm, seed: int, splits: Splits, selection: Selection) -> Subset | None:
+    if arm == "everything":
+        return None
     if arm == "subset":
-        return selection.indices, selection.weights
+        return Subset(selection.indices, selection.weights)
     data = (splits.train.inputs, splits.train.targets)
     drawn = select_subset(None, data, method=Random(seed=_FIRST_DRAW + seed), count=len(selection), review=False)
-    return drawn.indices, drawn.weights
-
-
-def _part(train: Split, indices: Tensor, weights: Tensor) -> Split:
-    """The subset as often as it takes to make as many samples, and so as many steps, as everything."""
-    positions = indices.repeat_interleave(repeated(weights, len(train)))
-    return Split(train.inputs[positions], train.targets[positions])
+    return Subset(drawn.indices, drawn.weights)
 
 
 def _digest(selection: Selection) -> str:

@@ -28,7 +28,7 @@ from steepest.training.stopping import stop_requested
 from steepest.training.task import Task
 from steepest.training.trained import write_tensors
 
-__all__ = ["Scored", "epoch_seconds", "make_scorer"]
+__all__ = ["Scored", "epoch_seconds", "make_scorer", "new_model"]
 
 _UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 # Steps that the time of an epoch is taken from, and the seconds after which fewer are enough.
@@ -77,7 +77,7 @@ def make_scorer(
         return Scored(_model(content["state_dict"], spec, task, splits, path), Scorer(words), None)
     if epochs == 0:
         words = f"a new model that was not trained, seed {spec.seed}"
-        return Scored(_new_model(spec, task, splits), Scorer(words), None)
+        return Scored(new_model(spec, task, splits), Scorer(words), None)
     short = replace(spec, epochs=epochs)
     words = f"a new model after {count(epochs, 'epoch')} with {label_of(spec.optimizer)}, seed {spec.seed}"
     kept = _kept(places.scorer, short)
@@ -150,14 +150,24 @@ def _of_other_task(content: dict[str, Any], task: Task) -> str:
     return f", which was trained on {trained}" if isinstance(trained, str) and trained != task.name else ""
 
 
-def _new_model(spec: RunSpec, task: Task, splits: Splits) -> nn.Module:
+def new_model(spec: RunSpec, task: Task, splits: Splits) -> nn.Module:
+    """Make the model that a run begins with; torch's random state stays as it is.
+
+    Args:
+        spec: The run.
+        task: Its task.
+        splits: Its data.
+
+    Returns:
+        The model, on the run's device.
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(spec.seed)
         return task.model(splits.shape).to(spec.device)
 
 
 def _model(state: dict[str, Any], spec: RunSpec, task: Task, splits: Splits, path: Path) -> nn.Module:
-    model = _new_model(spec, task, splits)
+    model = new_model(spec, task, splits)
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -181,7 +191,7 @@ def epoch_seconds(spec: RunSpec, task: Task, splits: Splits) -> float:
         Seconds of one epoch on all samples.
     """
     entry, train = get_optimizer(spec.optimizer), splits.to(spec.device).train
-    model = _new_model(spec, task, splits)
+    model = new_model(spec, task, splits)
     optimizer, step = entry.build(model, spec.options), entry.step(spec.options)
     seconds, taken = 0.0, 0
     every = cycle(batches(train, batch_size=spec.batch_size, seed=spec.seed, epoch=1))

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steepest.errors import InvalidOptionError, OutputError
+from steepest.selection.arguments import Amount
+from steepest.selection.method import Method
 from steepest.training.compare import plan_runs
 from steepest.training.files import write_atomically
+from steepest.training.select_options import checked_options, get_method
 from steepest.training.settings import Settings
 from steepest.training.spec import RunSpec
 
@@ -75,6 +78,46 @@ class SelectSettings(Settings):
                 f"the seconds between checkpoints are {self.checkpoint_every}: give a finite number"
             )
 
+    def make_method(self) -> Method:
+        """The method, its options checked.
+
+        Returns:
+            The method.
+        """
+        entry = get_method(self.method)
+        return entry.make(checked_options(entry, entry.specs(), self.options), entry.name)
+
+    def kept(self, num_samples: int) -> int:
+        """How many samples are to be kept.
+
+        Args:
+            num_samples: Of so many.
+
+        Returns:
+            The number, as `select_subset` counts it.
+        """
+        return Amount(self.fraction, self.count).of(num_samples)
+
+    def check_amounts(self, spec: RunSpec, num_samples: int) -> None:
+        """Refuse numbers of samples that cannot be.
+
+        Args:
+            spec: Training of the check.
+            num_samples: Training samples of its task.
+
+        Raises:
+            InvalidOptionError: If more are to be kept than there are, or fewer than a batch of the check has.
+        """
+        of = f"{num_samples:,} training samples"
+        if self.count is not None and self.count > num_samples:
+            raise InvalidOptionError(f"the count is {self.count:,}, {spec.task} has {of}: keep fewer")
+        kept = self.kept(num_samples)
+        if self.check and kept < spec.batch_size:
+            raise InvalidOptionError(
+                f"the selection keeps {kept} of the {of} of {spec.task}, fewer than a batch of the check has "
+                f"({spec.batch_size}): keep more, use a smaller --batch-size, or drop --check"
+            )
+
     def plan(self) -> RunSpec:
         """The training that the scorer's is a part of: the task's own epochs, and everything else as set.
 
@@ -84,6 +127,11 @@ class SelectSettings(Settings):
         names = (self.task,) if self.task is not None else ()
         (spec,) = plan_runs(self._plan(names, (self.optimizer,), [self.seed], {}))
         return spec
+
+    @property
+    def trains_scorer(self) -> bool:
+        """Whether a scorer is trained, if the method needs one."""
+        return self.weights is None and self.warmup_epochs > 0
 
     @property
     def warmup_epochs(self) -> int:
@@ -120,7 +168,8 @@ class Places:
         path = Path(settings.out or f"runs/select/{task}-{settings.method}.npz")
         if path.is_dir() or not path.name:
             raise InvalidOptionError(f"the output {path} is a folder: name a file in it, as in -o subset.npz")
-        return cls(path.parent, path.name.removesuffix(".npz"))
+        # A selection is saved as a pair, and either of the two names stands for both.
+        return cls(path.parent, path.name.removesuffix(".npz").removesuffix(".json"))
 
     @property
     def subset(self) -> Path:

@@ -140,12 +140,12 @@ class LayoutFinder:
             Two vectors of weights, each zero on the half of the rows that the other holds.
         """
         self._probes += 1
-        generator = torch.Generator().manual_seed(self._probes)
+        generator = torch.Generator("cpu").manual_seed(self._probes)  # whatever the default device
         # Powers of two scale every row's gradient without rounding, however ill-conditioned the model has become.
         # There are 16 of them: rows that share one are told apart by the zeros or by the next probe.
-        weights = 2.0 ** (torch.randperm(rows, generator=generator) % 16 - 8)
-        half = torch.zeros(rows)
-        half[torch.randperm(rows, generator=generator)[: rows // 2]] = 1
+        weights = 2.0 ** (torch.randperm(rows, generator=generator, device="cpu") % 16 - 8)
+        half = torch.zeros(rows, device="cpu")
+        half[torch.randperm(rows, generator=generator, device="cpu")[: rows // 2]] = 1
         return (weights * half).to(device), (weights * (1 - half)).to(device)
 
     def find(

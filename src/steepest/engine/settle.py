@@ -39,9 +39,9 @@ def settle(
     if not roots:
         error = _unclear(uses[0], rows, "the model returns no tensor with the batch in dimension 0 to tell it by")
         raise error
-    generator = torch.Generator().manual_seed(rows)
-    half = torch.zeros(rows)
-    half[torch.randperm(rows, generator=generator)[: rows // 2]] = 1
+    generator = torch.Generator("cpu").manual_seed(rows)
+    half = torch.zeros(rows, device="cpu")
+    half[torch.randperm(rows, generator=generator, device="cpu")[: rows // 2]] = 1
     edges: list[Any] = [use.edge for use in uses]
     shares = [[torch.zeros((), device=roots[0].device) for _ in options] for options in possible]
     passes = [torch.zeros((), device=roots[0].device) for _ in uses]
@@ -81,7 +81,7 @@ def _best(
 
 def _weights(root: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
     """Random weights of the output's entries, zero for samples that are not chosen."""
-    drawn = torch.randn(root.shape, generator=generator) * chosen.view(-1, *[1] * (root.ndim - 1))
+    drawn = torch.randn(root.shape, generator=generator, device="cpu") * chosen.view(-1, *[1] * (root.ndim - 1))
     return drawn.to(root)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from steepest.report.curves import Series, series_of
 from steepest.report.goal import Goal
-from steepest.report.groups import Cell
+from steepest.report.groups import Cell, short_names
 from steepest.report.labels import label_ends, shortened
 from steepest.report.measure import LOSS, Measure
 from steepest.report.plot import MOST_COLOURED, Against, draw_curves
@@ -21,7 +21,7 @@ __all__ = ["LONGEST_LABEL", "Charts", "Figure", "room_for"]
 
 _WIDTH, _HEIGHT = 4.6, 3.2
 # Characters of a label beside a line; longer ones are cut there and whole in the legend.
-LONGEST_LABEL = 14
+LONGEST_LABEL = 16
 # Inches: what the numbers on the left and a letter of a label at the right take at the page's font size.
 _LEFT, _RIGHT, _LETTER = 0.5, 0.16, 0.088
 
@@ -69,25 +69,37 @@ class Charts:
         return [figure for measure in measures for figure in self._both(cell, measure, goal)]
 
     def _both(self, cell: Cell, measure: Measure, goal: Goal | None) -> list[Figure]:
-        series, line = series_of(cell, measure), goal if goal is not None and goal.measure == measure else None
+        series, names = series_of(cell, measure), short_names(cell.rows)
+        line = goal if goal is not None and goal.measure == measure else None
         what = f"Validation {cell.problem.loss if measure == LOSS else measure.label}"
         named: dict[Against, str] = {"epochs": "epochs", "seconds": "seconds of training"}
         return [
-            Figure(f"{what} against {words}", self._curves(series, against, measure, line, words))
+            Figure(f"{what} against {words}", self._curves(series, names, against, measure, line, words))
             for against, words in named.items()
         ]
 
     def _curves(
-        self, series: Sequence[Series], against: Against, measure: Measure, goal: Goal | None, words: str
+        self,
+        series: Sequence[Series],
+        names: Sequence[str],
+        against: Against,
+        measure: Measure,
+        goal: Goal | None,
+        words: str,
     ) -> Markup:
-        drawn = [item for item in series if item.band is not None and item.rank < MOST_COLOURED]
+        # Beside the lines there is little room, and the legend has the whole of each name.
+        ends_of = [
+            replace(item, name=name, label=name + item.label.removeprefix(item.name))
+            for item, name in zip(series, names, strict=True)
+        ]
+        drawn = [item for item in ends_of if item.band is not None and item.rank < MOST_COLOURED]
         length = room_for([item.name for item in drawn])
         room = max(length, 0 if goal is None else len(f"goal {goal.text}"))
         value = None if goal is None else goal.value
 
         def draw(figure: Any, axes: Any) -> None:
             draw_curves(axes, series, self.paint, against, measure=measure, goal=value)
-            named = series if length else []
+            named = ends_of if length else []
             label_ends(figure, axes, named, self.paint, against, most=MOST_COLOURED, length=length, goal=goal)
 
         ends = [f"{item.label} {measure.text(item.band.middle[-1])}" for item in series if item.band is not None]

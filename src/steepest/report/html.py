@@ -1,21 +1,13 @@
 """The report: one HTML file that needs nothing but itself."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import fields
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup, escape
 
 from steepest.report.charts import Charts
 from steepest.report.grids import environment_grid, overview_grid
 from steepest.report.groups import Cell, group, studies
 from steepest.report.measure import Goals
-from steepest.report.palette import DARK, LIGHT, Paper
-from steepest.report.style import PagePaint
+from steepest.report.sheet import page_sheet, page_template
 from steepest.report.summary import summarise_cell
 from steepest.report.sweep import sweep_of
 from steepest.report.sweep_view import SweepSection, sweep_section
@@ -26,8 +18,6 @@ from steepest.training.records import RunRecord
 from steepest.training.spec import package_version
 
 __all__ = ["render_report", "write_report"]
-
-_UNBROKEN = re.compile(r"[\d.]+(?:e-\d+)? (?:s\b|%)|[\d.]+e-\d+|--[\w-]+")
 
 
 def render_report(records: Sequence[RunRecord], *, title: str | None = None, goals: Goals | None = None) -> str:
@@ -49,7 +39,7 @@ def render_report(records: Sequence[RunRecord], *, title: str | None = None, goa
         for place, (cell, summary) in enumerate(zip(cells, summaries, strict=True), start=1)
     ]
     environments = [record.environment for record in records]
-    page = _template().render(
+    page = page_template("template.html.j2").render(
         title=title or _title(cells),
         lead=_lead(records, cells),
         overview=overview_grid(summaries, [cell.title for cell in cells]) if len(cells) > 1 else None,
@@ -59,7 +49,7 @@ def render_report(records: Sequence[RunRecord], *, title: str | None = None, goa
         environments_differ=any(environment != environments[0] for environment in environments),
         memory_kinds=list(dict.fromkeys(record.memory_kind for record in records)),
         version=package_version("steepest"),
-        css=_css(charts.paint),
+        css=page_sheet(charts.paint),
     )
     return page + "\n"
 
@@ -95,32 +85,6 @@ def _sweeps(cells: Sequence[Cell], goals: Goals | None, charts: Charts) -> dict[
         first = 1 + min(cells.index(cell) for cell in study.cells)
         found[f"section-{first}"] = sweep_section(sweep_of(study, goals or Goals()), place, charts)
     return found
-
-
-@cache
-def _template() -> Template:
-    text = files("steepest.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["unbroken"] = _unbroken
-    return environment.from_string(text)
-
-
-def _unbroken(text: str) -> Markup:
-    """Escaped text in which numbers with a unit or an exponent, and options, stay on one line."""
-    return Markup(_UNBROKEN.sub(r'<span class="unbroken">\g<0></span>', str(escape(text))))
-
-
-def _css(paint: PagePaint) -> Markup:
-    sheet = files("steepest.report").joinpath("report.css").read_text(encoding="utf-8")
-    light, dark = (_declarations(paper, paint) for paper in (LIGHT, DARK))
-    colours = f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-    # Colours and a file of this package: nothing of a user's, nothing to escape.
-    return Markup(colours + sheet)
-
-
-def _declarations(paper: Paper, paint: PagePaint) -> str:
-    own = {f"--{item.name}": getattr(paper, item.name) for item in fields(paper) if item.type is str}
-    return " ".join(f"{name}: {value};" for name, value in {**own, **paint.values(paper)}.items())
 
 
 def _title(cells: Sequence[Cell]) -> str:

@@ -1,9 +1,6 @@
 """The page of a selection: one HTML file that needs nothing but itself."""
 
-from functools import cache
 from pathlib import Path
-
-from jinja2 import Template
 
 from steepest._files import write_atomically
 from steepest.report.charts import Charts
@@ -11,8 +8,8 @@ from steepest.report.grids import Entry, Grid, environment_grid
 from steepest.report.selection_check import Check, check_grid, check_verdict
 from steepest.report.selection_examples import examples
 from steepest.report.selection_figures import selection_figures, selection_legend
-from steepest.report.selection_sheet import page_sheet, page_template
 from steepest.report.selection_words import Selected, cost_words, kept_words, meanings, wrong_words
+from steepest.report.sheet import page_sheet, page_template
 from steepest.report.words import count, number, option_text
 from steepest.training.spec import package_version
 
@@ -36,7 +33,7 @@ def render_selection(selected: Selected, *, title: str | None = None) -> str:
     # The legend first: it fixes which colour is which variable of the style sheet.
     chips, figures = selection_legend(charts), selection_figures(selected, charts)
     check = selected.check
-    page = _template().render(
+    page = page_template("selection.html.j2").render(
         title=title or f"A subset of {task.name}",
         lead=kept_words(selected),
         verdict=cost_words(selected),
@@ -74,11 +71,6 @@ def write_selection_page(selected: Selected, path: Path, *, title: str | None = 
     """
     write_atomically(path, render_selection(selected, title=title))
     return path
-
-
-@cache
-def _template() -> Template:
-    return page_template("selection.html.j2")
 
 
 def _check_lead(check: Check) -> str:

@@ -13,6 +13,8 @@ __all__ = ["ARMS", "Arm", "Check", "CheckRun", "check_grid", "check_verdict"]
 
 Arm = Literal["subset", "random", "everything"]
 ARMS: tuple[Arm, ...] = ("subset", "random", "everything")
+# Percent: what chance does more often than that is neither won nor lost. Three seeds against three make it.
+_MOST_CHANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,11 @@ def _against_random(check: Check, subset: Spread, random: Spread) -> str:
     apart = (
         f"{numbers} on average, and the ranges over {seeds} do not overlap (by chance that happens in {chance:.2g} %)"
     )
-    if (subset.mean > random.mean) == measure.higher_is_better:
+    better = (subset.mean > random.mean) == measure.higher_is_better
+    if chance > _MOST_CHANCE:
+        where = "ahead of" if better else "behind"
+        return f"The subset is {where} {other}: {apart}. Give --check 3 or more to be sure."
+    if better:
         return f"The subset wins over {other}: {apart}."
     return f"The subset loses to {other}: {apart}. Draw at random instead, or try another method."
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from steepest.report.grids import Entry, Grid
-from steepest.report.selection_words import Selected
-from steepest.report.words import number, short
+from steepest.report.selection_words import Selected, score_words
+from steepest.report.words import short
 
 __all__ = ["Example", "Examples", "examples"]
 
@@ -159,7 +159,7 @@ def _label(selected: Selected, position: int) -> str:
 
 def _score(selected: Selected, position: int) -> str:
     scores = selected.selection.scores
-    return "-" if scores is None else number(scores[position].item())
+    return "-" if scores is None else score_words(scores[position].item())
 
 
 def _is_wrong(selected: Selected, position: int) -> bool:

@@ -12,7 +12,18 @@ from steepest.selection.result import Selection
 from steepest.training.data import Splits
 from steepest.training.task import Task
 
-__all__ = ["Scorer", "Selected", "cost", "cost_words", "kept_words", "meanings", "paid_after", "percent", "wrong_words"]
+__all__ = [
+    "Scorer",
+    "Selected",
+    "cost",
+    "cost_words",
+    "kept_words",
+    "meanings",
+    "paid_after",
+    "percent",
+    "score_words",
+    "wrong_words",
+]
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,7 @@ def meanings(report: SelectionReport) -> list[tuple[str, str, str]]:
     return [*found, *_of_sketch(report), *_others(report)]
 
 
+_CROWDED = 0.999  # three digits tell no two values apart from here on
 _CERTIFICATE = ("certificate", "certificate_relative", "squared_norm")
 
 
@@ -185,7 +197,23 @@ def _others(report: SelectionReport) -> list[tuple[str, str, str]]:
 
 
 def _value(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else number(value)
+    return f"{value:,.0f}" if float(value).is_integer() else score_words(value)
+
+
+def score_words(value: float) -> str:
+    """A score: agreements crowd just below 1, where their distance from it says more than their digits.
+
+    Args:
+        value: The score.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> [score_words(value) for value in (0.25, 0.99991, 1.0, 12.3)]
+        ['0.250', '1 - 9.0e-5', '1.00', '12.3']
+    """
+    return f"1 - {number(1 - value, 2)}" if _CROWDED < value < 1 else number(value)
 
 
 def wrong_words(selected: Selected) -> str:

@@ -64,7 +64,7 @@ def class_notes(counts: Mapping[int, tuple[int, int]] | None, count: int) -> tup
     total = sum(of for _, of in counts.values())
     small = [name for name, (_, of) in counts.items() if of * count < total]
     if count < len(counts):
-        notes.append(f"{count} samples are fewer than the {len(counts)} classes.")
+        notes.append(f"Fewer samples were kept ({count}) than there are classes ({len(counts)}).")
     elif small:
         notes.append(
             f"The share of {len(small)} of {len(counts)} classes in {count} samples is less than one sample "

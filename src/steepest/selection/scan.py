@@ -146,8 +146,6 @@ class FixedModel:
                     "The losses are detached from the parameters that are looked at: compute them from the model's "
                     "outputs without detach(), item() or no_grad(), and name a scope that the outputs depend on."
                 )
-            if torch.get_default_device().type != "cpu":  # where generators on the CPU cannot draw
-                stack.enter_context(torch.device("cpu"))
             jacobian = capture.jacobian(losses)
         return Rows(batch.indices, batch.labels, losses.detach(), jacobian, self._last)
 

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from steepest.errors import InvalidOptionError, SteepestError
+from steepest.training.data import Splits
 from steepest.training.optimizer import OptimizerEntry
 from steepest.training.options import check_options
 from steepest.training.records import EpochPoint, RecordStore, RunRecord
 from steepest.training.registry import get_optimizer
 from steepest.training.select_text import parse_selections
+from steepest.training.selecting import try_out
 from steepest.training.selections import SelectionPlan
 from steepest.training.source import Source, fingerprinted, resolve
 from steepest.training.spec import RunSpec, Schedule
@@ -166,7 +168,9 @@ def _plan_task(
     epochs = request.epochs if request.epochs is not None else own_epochs
     for plan in filter(None, plans):
         plan.check(task.name, whole, max(sizes), epochs)
-    task.model(splits.shape)  # a model that cannot be made is told now, and not by every run
+    model = task.model(splits.shape)  # a model that cannot be made is told now, and not by every run
+    for plan in filter(None, plans):
+        _try_selection(plan, task, model, splits)
     return [
         RunSpec(
             task=task.name,
@@ -190,6 +194,13 @@ def _plan_task(
         for entry in entries
         for plan in plans
     ]
+
+
+def _try_selection(plan: SelectionPlan, task: Task, model: nn.Module, splits: Splits) -> None:
+    try:
+        try_out(plan.method(), task, model, splits)
+    except SteepestError as error:
+        raise InvalidOptionError(f"selection {plan.text} cannot be made on {task.name}: {error}") from error
 
 
 def _is_untuned(

@@ -1,14 +1,12 @@
 """What a run is to select, in one line of text: `METHOD:FRACTION[:NAME=VALUE...]`."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
-from steepest.errors import InvalidOptionError, SteepestError
-from steepest.training.convert import dataclasses_of
-from steepest.training.errors import UnknownNameError, unknown
-from steepest.training.options import OptionSpec, check_options, dataclass_specs, parse_value
-from steepest.training.selections import METHODS, TIMES, SelectionEntry, SelectionPlan
+from steepest.errors import InvalidOptionError
+from steepest.training.select_options import checked_options, get_method, parse_pairs
+from steepest.training.selecting import reads_reference
+from steepest.training.selections import TIMES, SelectionPlan
 
 __all__ = ["parse_selection", "parse_selections", "selection_label"]
 
@@ -25,8 +23,7 @@ def parse_selection(text: str) -> SelectionPlan | None:
         The plan; None for `none`, which trains on everything.
 
     Raises:
-        InvalidOptionError: If it is not written like that, or a value is impossible.
-        UnknownNameError: If there is no such method or option.
+        InvalidOptionError: If it is not written like that, a name does not exist, or a value is impossible.
 
     Example:
         >>> parse_selection("random:0.10:every=1:warmup=1").text
@@ -37,27 +34,19 @@ def parse_selection(text: str) -> SelectionPlan | None:
         if parts:
             raise InvalidOptionError(f"selection {text!r}: none trains on everything and takes nothing, write none")
         return None
-    name = name.replace("-", "").lower()  # GradMatch, grad-match and gradmatch are one
-    if name not in METHODS:
-        raise UnknownNameError(unknown("selection method", name, ["none", *METHODS]))
+    entry, where = get_method(name, "none"), f"selection {text!r}"
     if not parts:
-        raise InvalidOptionError(f"selection {text!r}: write METHOD:FRACTION, as in {name}:0.1, or none")
-    entry = METHODS[name]
-    options = _options(entry, _pairs(text, parts[1:]))
+        raise InvalidOptionError(f"{where}: write METHOD:FRACTION, as in {entry.name}:0.1, or none")
+    specs = {**entry.specs(), **TIMES}
+    options = checked_options(entry, specs, parse_pairs(where, entry, specs, parts[1:]))
     times = {key: cast(int, options.pop(key, TIMES[key].default)) for key in TIMES}
     for key, value in times.items():
         if value < 0:
-            raise InvalidOptionError(f"selection {text!r}: {key} is {value}, give a whole number of epochs from 0 on")
+            raise InvalidOptionError(f"{where}: {key} is {value}, give a whole number of epochs from 0 on")
     plan = SelectionPlan(entry, _fraction(text, parts[0]), options, **times)
-    try:
-        run = plan.method().begin()
-    except SteepestError as error:
-        raise InvalidOptionError(f"selection {text!r}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise InvalidOptionError(f"{name} does not take these options: {error}") from error
-    if any(run.reads(number) == "reference" for number in range(run.passes)):
+    if reads_reference(entry.make(options, where)):
         raise InvalidOptionError(
-            f"selection {text!r} compares with data of its own, and a run has none to give: use steepest."
+            f"{where} compares with data of its own, and a run has none to give: use steepest."
             "select_subset, which takes reference="
         )
     return plan
@@ -111,60 +100,3 @@ def _fraction(text: str, part: str) -> float:
             f"selection {text!r}: the fraction is {part!r}, give a number above 0 and at most 1, as in 0.1"
         )
     return fraction
-
-
-def _pairs(text: str, parts: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for part in parts:
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (equals and name and value):
-            raise InvalidOptionError(f"selection {text!r}: {part!r} is no option, write NAME=VALUE, as in warmup=2")
-        if name in pairs:
-            raise InvalidOptionError(f"selection {text!r}: {name} is given twice, give it once")
-        pairs[name] = value
-    return pairs
-
-
-def _options(entry: SelectionEntry, pairs: Mapping[str, str]) -> dict[str, object]:
-    """Checked options that differ from the defaults, in the order of the fields."""
-    specs = entry.specs()
-    own = {name: _value(text, specs[name].annotation) for name, text in pairs.items() if name in specs}
-    checked = check_options(entry.name, specs, own)
-    inner = {name: text for name, text in pairs.items() if name not in specs}
-    for name, text in inner.items():
-        outer = _owner(entry, specs, checked, name)
-        holder = cast(Any, checked.get(outer, specs[outer].default))
-        kinds = dataclass_specs(type(holder))
-        found = check_options(outer, kinds, {name: _value(text, kinds[name].annotation)})
-        checked[outer] = _replaced(f"{entry.name}.{outer}", holder, found)
-    return {name: checked[name] for name in specs if name in checked and checked[name] != specs[name].default}
-
-
-def _owner(entry: SelectionEntry, specs: Mapping[str, OptionSpec], given: Mapping[str, object], name: str) -> str:
-    """The option that holds a dataclass with a field of this name."""
-    held = {outer: given.get(outer, spec.default) for outer, spec in specs.items()}
-    fields = {
-        item.name: outer
-        for outer, value in held.items()
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        for item in dataclasses.fields(value)
-    }
-    if name not in fields:
-        raise UnknownNameError(unknown(f"option of {entry.name}", name, [*specs, *fields]))
-    return fields[name]
-
-
-def _replaced(owner: str, holder: Any, changes: Mapping[str, object]) -> object:
-    try:
-        return dataclasses.replace(holder, **changes)
-    except (SteepestError, TypeError, ValueError) as error:
-        raise InvalidOptionError(f"{owner}: {error}") from error
-
-
-def _value(text: str, annotation: Any) -> object:
-    """As `parse_value`, and a dataclass by the beginning of its name, as in top for Top."""
-    word = text.strip().lower()
-    kinds = {name.lower(): kind for name, kind in dataclasses_of(annotation).items()}
-    named = [kind for name, kind in kinds.items() if name.startswith(word)] if word.isidentifier() else []
-    found = kinds.get(word) or (named[0] if len(named) == 1 else None)
-    return parse_value(text, annotation) if found is None else found()

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,12 @@ from steepest.training.selections import SelectionPlan
 from steepest.training.subsets import Subset
 from steepest.training.task import Task
 
-__all__ = ["noted", "select_now"]
+if TYPE_CHECKING:
+    from steepest.selection.method import Method
+
+__all__ = ["noted", "reads_reference", "select_now", "try_out"]
+
+_TRIED = 64
 
 
 def select_now(
@@ -63,6 +69,38 @@ def select_now(
     report = selection.report
     numbers = {name: finite(float(value)) for name, value in report.numbers.items()}
     return subset, noted(subset, train, epoch, tuple(report.notes), numbers)
+
+
+def reads_reference(method: "Method") -> bool:
+    """Whether a method compares with data of its own, beside those that it chooses from."""
+    run = method.begin()
+    return any(run.reads(number) == "reference" for number in range(run.passes))
+
+
+def try_out(method: "Method", task: Task, model: nn.Module, splits: Splits) -> None:
+    """Select from the first samples with a model that was not trained: better an error now than after a training.
+
+    Args:
+        method: The method; scope, class policy and layers must fit to one another.
+        task: The task.
+        model: Its model, any weights.
+        splits: Its data.
+    """
+    from steepest.selection.select import select_subset
+
+    train, val = splits.train, splits.val
+    # Its own random state: that of the run to come must not depend on the trial.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        warnings.simplefilter("ignore")  # of so few samples, classes are missing
+        select_subset(
+            model,
+            (train.inputs[:_TRIED], train.targets[:_TRIED]),
+            task.loss.per_sample,
+            count=1,
+            method=method,
+            reference=(val.inputs, val.targets) if reads_reference(method) else None,
+            review=False,
+        )
 
 
 def noted(

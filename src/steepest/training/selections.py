@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from steepest.errors import InvalidOptionError
+from steepest.errors import InvalidOptionError, SteepestError
 from steepest.training.options import OptionSpec, dataclass_specs
 
 if TYPE_CHECKING:
@@ -50,12 +50,32 @@ class SelectionEntry:
         return cast("type[Method]", getattr(importlib.import_module(self.module), self.attribute))
 
     def specs(self) -> dict[str, OptionSpec]:
-        """Options that a user may set: the fields of the class, and when a run selects.
+        """Options of the method: the fields of the class.
 
         Returns:
             Specification by option name.
         """
-        return {**dataclass_specs(self.constructor()), **TIMES}
+        return dataclass_specs(self.constructor())
+
+    def make(self, options: Mapping[str, object], where: str) -> "Method":
+        """Make the method, whose class knows its impossible values best.
+
+        Args:
+            options: Checked options.
+            where: What they stand in, for the message.
+
+        Returns:
+            The method.
+
+        Raises:
+            InvalidOptionError: If a value is impossible.
+        """
+        try:
+            return self.constructor()(**options)
+        except SteepestError as error:
+            raise InvalidOptionError(f"{where}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise InvalidOptionError(f"{where}: {self.name} does not take these options: {error}") from error
 
 
 _ENTRIES = (

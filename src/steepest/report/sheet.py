@@ -1,10 +1,11 @@
-"""What the page of a selection shares with the report of runs: tables, legends, colours and the style sheet."""
+"""What the pages share: the templates of this package, with their macros, and the style sheet in its colours."""
 
 import re
 from dataclasses import fields
+from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from steepest.report.palette import DARK, LIGHT, Paper
@@ -13,11 +14,10 @@ from steepest.report.style import PagePaint
 __all__ = ["page_sheet", "page_template"]
 
 _UNBROKEN = re.compile(r"[\d.,]+(?:e-?\d+)? (?:s\b|%)|[\d.]+e-?\d+|--[\w-]+")
-_PAGE = "<!DOCTYPE html>"
 
 
 def page_template(name: str) -> Template:
-    """A template of this package that knows the macros of the report.
+    """Read a template of this package, which may import from others.
 
     Args:
         name: Its file.
@@ -25,11 +25,7 @@ def page_template(name: str) -> Template:
     Returns:
         The template.
     """
-    # What stands before the page in the report's template is nothing but macros.
-    macros = _text("template.html.j2").partition(_PAGE)[0]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["unbroken"] = _unbroken
-    return environment.from_string(macros + _text(name))
+    return _environment().get_template(name)
 
 
 def page_sheet(paint: PagePaint, *others: str) -> Markup:
@@ -46,6 +42,15 @@ def page_sheet(paint: PagePaint, *others: str) -> Markup:
     colours = f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
     # Colours and files of this package: nothing of a user's, nothing to escape.
     return Markup("\n".join([colours, *map(_text, ("report.css", *others))]))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["unbroken"] = _unbroken
+    return environment
 
 
 def _text(name: str) -> str:
