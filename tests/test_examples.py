@@ -101,7 +101,7 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 def test_commands_are_found_in_the_texts() -> None:
     assert len(COMMANDS) >= 12
-    assert {words[0] for words in COMMANDS.values()} == {"compare", "train", "report", "list"}
+    assert {words[0] for words in COMMANDS.values()} == {"compare", "train", "report", "list", "select"}
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())

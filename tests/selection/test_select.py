@@ -257,7 +257,7 @@ def test_vanished_classes_are_a_note_and_one_warning() -> None:
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert sum("classes was kept" in note for note in selection.report.notes) == 1
-    assert "2 samples are fewer than the 3 classes." in selection.report.notes
+    assert "Fewer samples were kept (2) than there are classes (3)." in selection.report.notes
     assert "a note of the method." in selection.report.notes
 
 

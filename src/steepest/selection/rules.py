@@ -66,27 +66,33 @@ class Top(Rule):
 
 @dataclass(frozen=True)
 class Strata(Rule):
-    """Drop the lowest scores, then take evenly spaced ranks of what is left.
+    """Drop low scores, then take evenly spaced ranks of what is left.
 
     With m scores left, the ranks are the midpoints of ``count`` equal strata: ``floor((j + 1/2) m / count)``. Where
     the tail holds wrong labels, they go; unlike the top alone, the rest keeps its variety.
 
+    The default floor was chosen on Fashion-MNIST at 5, 15 and 25 % kept (`benchmarks/subsets.py`). Against random
+    samples with the classes alike, a floor of 0.5 loses up to 0.4 points of accuracy on clean labels and gains 0.4 to
+    2.9 where 20 % are wrong; a floor of 0.7 loses and gains more. A fixed share of 20 % gains most on wrong labels and
+    loses 2 to 3 points on clean ones, where the tail is what is hard.
+
     Args:
         tail_cut: Share of the group to drop, rounded down, in [0, 1); never so many that fewer than ``count`` are
             left.
-        floor: Lowest score to keep, where enough are above it; None for no such bound. A bound adapts to how many
-            bad samples there are, which a share cannot.
+        floor: Lowest score to keep, where enough are above it; None for no such bound. For SAGE a cosine: 0.5 keeps
+            gradients within 60 degrees of the consensus. A bound adapts to how many bad samples there are, which a
+            share cannot.
 
     Example:
         >>> import torch
         >>> Strata(tail_cut=0.2).keep(torch.arange(10.0), 4)  # 0 and 1 are the tail
         tensor([2, 4, 6, 8])
-        >>> Strata(tail_cut=0.0, floor=5.0).keep(torch.arange(10.0), 2)
+        >>> Strata(floor=5.0).keep(torch.arange(10.0), 2)
         tensor([6, 8])
     """
 
-    tail_cut: float = 0.2
-    floor: float | None = None
+    tail_cut: float = 0.0
+    floor: float | None = 0.5
 
     def __post_init__(self) -> None:
         _check_tail(self.tail_cut, self.floor)
