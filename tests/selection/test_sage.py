@@ -21,6 +21,7 @@ from selection.sage_runs import (
     sage,
     unit,
 )
+from steepest.linalg import FrequentDirections
 from steepest.selection.consensus import ClassMeans
 from steepest.selection.sage import SAGE
 from steepest.selection.samples import Samples
@@ -93,7 +94,7 @@ def test_scaling_single_losses_leaves_the_mean_of_unit_gradients_as_it_is():
     for sums, loss in zip(means, (LOSS, lambda out, y: factors * LOSS(out, y)), strict=True):
         with FixedModel(model, "last", loss) as fixed:
             rows = fixed.rows(next(iter(Samples(data, batch_size=12).batches())))
-            sums.add(rows, rows.labels)
+            sums.sketch_and_add(rows, rows.labels, FrequentDirections(4))
     basis = {"2.weight": torch.eye(27, 24), "2.bias": torch.eye(27)[:, 24:]}
     first, second = (sums.projected(basis) for sums in means)
     for label in (0, 1):
@@ -110,7 +111,7 @@ def test_batch_sizes_change_scores_by_rounding_only(options):
     assert runs[0].indices.tolist() == runs[1].indices.tolist() == runs[2].indices.tolist()
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["one product", "a product per class"])
+@pytest.mark.parametrize("single", [True, False], ids=["the layer's products", "explicit gradients"])
 def test_class_sums_are_the_sums_of_unit_gradients(single, monkeypatch):
     if not single:
         monkeypatch.setattr("steepest.selection.consensus._single_layer", lambda rows: None)
@@ -120,7 +121,7 @@ def test_class_sums_are_the_sums_of_unit_gradients(single, monkeypatch):
     with FixedModel(model, "last", LOSS) as fixed:
         for batch in Samples(data, batch_size=9).batches():
             rows = fixed.rows(batch)
-            sums.add(rows, rows.labels)
+            sums.sketch_and_add(rows, rows.labels, FrequentDirections(4))
     found = sums.projected({"2.weight": torch.eye(27, 24), "2.bias": torch.eye(27)[:, 24:]})
     for label in range(3):
         torch.testing.assert_close(found[label], G[data[1] == label].mean(0), rtol=1e-10, atol=1e-12)

@@ -67,9 +67,10 @@ class SageRun(Run):
         groups = self._groups(rows, source)
         if self._fd is not None and step == "sketch":
             self._shapes = rows.jacobian.shapes
-            rows.jacobian.sketch_into(self._fd)  # first: it refuses what is not finite
             if self._method.consensus == "gradients":
-                self._means.add(rows, groups)
+                self._means.sketch_and_add(rows, groups, self._fd)
+            else:
+                rows.jacobian.sketch_into(self._fd)
             for group, places in by_group(groups):
                 self._sizes[group] = self._sizes.get(group, 0) + len(places)
             return

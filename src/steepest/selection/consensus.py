@@ -9,6 +9,7 @@ from torch import Tensor
 from steepest.engine import Jacobian
 from steepest.engine.records import column_chunks
 from steepest.errors import NonFiniteError, UnsupportedModelError
+from steepest.linalg import FrequentDirections
 from steepest.selection.method import Rows
 
 __all__ = ["ClassMeans", "by_group", "direction", "unit_rows"]
@@ -30,22 +31,50 @@ class ClassMeans:
         return sum(part.nbytes for sums in self._sums.values() for part in sums.values())
 
     @torch.no_grad()
-    def add(self, rows: Rows, groups: Tensor) -> None:
-        """Take a batch; a zero gradient adds nothing.
+    def sketch_and_add(self, rows: Rows, groups: Tensor, sketch: FrequentDirections) -> None:
+        """Feed a batch to a sketch and take it up; a zero gradient adds nothing.
 
         Args:
             rows: The batch.
             groups: ``[B]``, the group of every sample.
+            sketch: Fed first, since it refuses what is not finite.
         """
-        squares = rows.jacobian.squared_norms()
-        factors = torch.where(squares > 0, squares.rsqrt(), 0)
+        layer = _single_layer(rows)
+        if layer is None:
+            rows.jacobian.sketch_into(_Passing(sketch, self, groups))
+            return
+        rows.jacobian.sketch_into(sketch)
+        factors = _inverse(rows.jacobian.squared_norms())
+        d_in = rows.jacobian.shapes[rows.last][1]
         for group, places in by_group(groups):
-            self._counts[group] = self._counts.get(group, 0) + len(places)
-        for group, parts in _sums_by_group(rows, factors, groups):
-            sums = self._sums.setdefault(group, {})
-            for name, part in parts.items():
-                flat = part.reshape(-1).double()
-                sums[name] = sums[name].to(flat.device).add_(flat) if name in sums else flat
+            # Every sample enters one product of its own group: all groups together cost what one product of all would.
+            # In float64 neither autocast nor TF32 rounds it.
+            places = places.to(factors.device)
+            inputs, grads = (part[places].double() for part in layer)
+            product = (grads * factors[places].view(-1, 1, 1)).flatten(0, 1).T @ inputs.flatten(0, 1)
+            parts = {n: product[:, :d_in] if n == rows.last else product[:, d_in:] for n in rows.jacobian.names}
+            self._take(group, len(places), parts)
+
+    def add(self, blocks: Mapping[str, Tensor], groups: Tensor) -> None:
+        """Take explicit gradients.
+
+        Args:
+            blocks: ``[n, numel]`` for each parameter.
+            groups: ``[n]``, the group of every sample.
+        """
+        norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks.values()]
+        factors = _inverse(torch.stack(norms).square().sum(0))
+        doubles = {name: block.double() for name, block in blocks.items()}
+        for group, places in by_group(groups):
+            places = places.to(factors.device)
+            self._take(group, len(places), {name: factors[places] @ block[places] for name, block in doubles.items()})
+
+    def _take(self, group: int, count: int, parts: Mapping[str, Tensor]) -> None:
+        self._counts[group] = self._counts.get(group, 0) + count
+        sums = self._sums.setdefault(group, {})
+        for name, part in parts.items():
+            flat = part.reshape(-1)
+            sums[name] = sums[name].to(flat.device).add_(flat) if name in sums else flat
 
     def projected(self, sketch: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Multiply the means by a sketch, in float64 and a few columns at a time.
@@ -128,22 +157,23 @@ def unit_rows(jacobian: Jacobian, sketch: Mapping[str, Tensor], indices: Tensor)
     return torch.where(norms > 0, z / norms, 0)
 
 
-def _sums_by_group(rows: Rows, factors: Tensor, groups: Tensor) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    """``sum_i factor_i g_i`` over the samples of each group in the batch."""
-    jacobian = rows.jacobian
-    layer = _single_layer(rows)
-    for group, places in by_group(groups):
-        places = places.to(factors.device)
-        if layer is None:
-            masked = torch.zeros_like(factors).index_copy_(0, places, factors[places])
-            yield group, jacobian.vjp(masked)
-            continue
-        # Every sample enters one product of its own group: all groups together cost what one product of all would.
-        # In float64 neither autocast nor TF32 rounds it.
-        inputs, grads = (part[places].double() for part in layer)
-        product = (grads * factors[places].view(-1, 1, 1)).flatten(0, 1).T @ inputs.flatten(0, 1)
-        d_in = jacobian.shapes[rows.last][1]
-        yield group, {name: product[:, :d_in] if name == rows.last else product[:, d_in:] for name in jacobian.names}
+class _Passing:
+    """Hands explicit gradients on to a sketch and adds them up on the way: they are made once."""
+
+    def __init__(self, sketch: FrequentDirections, means: ClassMeans, groups: Tensor) -> None:
+        self.sketch_size = sketch.sketch_size
+        self._sketch, self._means, self._groups = sketch, means, groups
+
+    def insert(self, blocks: Mapping[str, Tensor], /) -> None:
+        self._sketch.insert(blocks)
+        count = len(next(iter(blocks.values())))
+        mine, self._groups = self._groups[:count], self._groups[count:]
+        self._means.add(blocks, mine)
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    """``1 / sqrt``, 0 where there is nothing to divide."""
+    return torch.where(squares > 0, squares.rsqrt(), 0)
 
 
 def _single_layer(rows: Rows) -> tuple[Tensor, Tensor] | None:
