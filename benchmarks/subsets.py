@@ -87,13 +87,12 @@ ARMS: dict[str, Arm] = {
     "SAGE global top": ("SAGE global", 1, "global", lambda _: st.Top()),
     "SAGE top": ("SAGE", 1, "balanced", lambda _: st.Top()),
     "SAGE top, paper's consensus": ("SAGE, paper's consensus", 1, "balanced", lambda _: st.Top()),
-    "SAGE strata": ("SAGE", 1, "balanced", lambda _: st.Strata(floor=None)),
-    "SAGE cut 10 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.1, floor=None)),
-    "SAGE cut 20 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.2, floor=None)),
-    "SAGE above 0.5, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(floor=0.5)),
-    "SAGE above 0.7, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(floor=0.7)),
-    "SAGE above 0.8, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(floor=0.8)),
-    "SAGE cut 20 %, random": ("SAGE", 1, "balanced", lambda seed: st.RandomAboveCut(tail_cut=0.2, seed=seed)),
+    "SAGE strata": ("SAGE", 1, "balanced", lambda _: st.Strata(spread=None)),
+    "SAGE cut 10 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.1, spread=None)),
+    "SAGE cut 20 %, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(tail_cut=0.2, spread=None)),
+    "SAGE spread 2, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(spread=2.0)),
+    "SAGE spread 3, strata": ("SAGE", 1, "balanced", lambda _: st.Strata(spread=3.0)),
+    "SAGE spread 3, random": ("SAGE", 1, "balanced", lambda seed: st.RandomAboveCut(spread=3.0, seed=seed)),
 }
 
 

@@ -15,7 +15,7 @@ LOSS = nn.CrossEntropyLoss(reduction="none")
 METHODS: list[Any] = [
     st.SAGE(),
     st.SAGE(consensus="sketch", weights="class"),
-    st.SAGE(consensus="sketch", keep_projections=True, rule=st.Strata(floor=None), class_policy="global"),
+    st.SAGE(consensus="sketch", keep_projections=True, rule=st.Strata(spread=None), class_policy="global"),
     st.SAGE(scope="all", sketch_size=4, rule=st.RandomAboveCut()),
     st.Random(),
     st.EL2N(),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from steepest.errors import InvalidOptionError
 from steepest.selection.rules import RandomAboveCut, Strata, Top, keep_by_group
 
-RULES = [Top(), Strata(), Strata(floor=None), RandomAboveCut(), RandomAboveCut(tail_cut=0.5, seed=3)]
+RULES = [Top(), Strata(), Strata(spread=None), RandomAboveCut(), RandomAboveCut(tail_cut=0.5, seed=3)]
 
 
 @given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), max_size=60), st.data(), st.sampled_from(RULES))
@@ -48,23 +48,26 @@ def test_the_tail_is_a_share_of_the_group_and_not_of_its_rounding():
 
 def test_strata_take_the_midpoints_of_equal_strata():
     scores = torch.arange(100.0).flip(0)  # position = rank
-    assert Strata(floor=None).keep(scores, 4).tolist() == [12, 37, 62, 87]
-    assert Strata(floor=None).keep(scores, 1).tolist() == [50]
-    assert Strata(tail_cut=0.2, floor=None).keep(scores, 4).tolist() == [10, 30, 50, 70]
+    assert Strata(spread=None).keep(scores, 4).tolist() == [12, 37, 62, 87]
+    assert Strata(spread=None).keep(scores, 1).tolist() == [50]
+    assert Strata(tail_cut=0.2, spread=None).keep(scores, 4).tolist() == [10, 30, 50, 70]
 
 
-@pytest.mark.parametrize("rule", [Strata(floor=90.0), RandomAboveCut(tail_cut=0.0, floor=90.0)])
-def test_a_floor_drops_what_lies_below_where_enough_are_above(rule):
-    scores = torch.arange(100.0)
-    assert min(rule.keep(scores, 5).tolist()) >= 90
-    assert rule.keep(scores, 10).tolist() == list(range(90, 100))
-    assert rule.keep(scores, 12).tolist() == list(range(88, 100))  # the best of those below
+@pytest.mark.parametrize("rule", [Strata(spread=3.0), RandomAboveCut(spread=3.0)])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_angles_far_beyond_the_median_are_dropped_where_enough_are_left(rule, scale):
+    angles = scale * torch.linspace(1.5, 0.0, 101, dtype=torch.float64)  # the median is half of the largest
+    angles[:20] *= 2  # the largest are 4 to 3.2 times it
+    scores = angles.cos()
+    assert min(rule.keep(scores, 5).tolist()) >= 20
+    assert rule.keep(scores, 81).tolist() == list(range(20, 101))
+    assert rule.keep(scores, 83).tolist() == list(range(18, 101))  # the best of those beyond
 
 
-def test_the_stricter_of_floor_and_tail_holds():
-    scores = torch.arange(100.0)
-    assert min(Strata(tail_cut=0.8, floor=10.0).keep(scores, 5).tolist()) >= 80
-    assert min(Strata(tail_cut=0.1, floor=80.0).keep(scores, 5).tolist()) >= 80
+def test_the_stricter_of_spread_and_tail_holds():
+    scores = torch.cat([torch.linspace(-0.9, -0.8, 20), torch.linspace(0.8, 0.9, 80)])
+    assert min(Strata(tail_cut=0.5).keep(scores, 5).tolist()) >= 50
+    assert min(Strata(tail_cut=0.1).keep(scores, 5).tolist()) >= 20
 
 
 def test_random_choice_depends_on_seed_and_group_only():
@@ -111,8 +114,8 @@ def test_groups_are_chosen_apart_and_put_together_in_order():
         (lambda: Top().keep(torch.tensor([0.0, float("nan")]), 1), "1 of 2 scores are NaN"),
         (lambda: Strata(tail_cut=1.0), "tail_cut=1.0"),
         (lambda: Strata(tail_cut=-0.1), "tail_cut=-0.1"),
-        (lambda: Strata(floor=float("nan")), "floor=nan"),
-        (lambda: RandomAboveCut(floor="low"), "floor='low'"),
+        (lambda: Strata(spread=float("nan")), "spread=nan"),
+        (lambda: RandomAboveCut(spread=0.5), "spread=0.5"),
         (lambda: RandomAboveCut(tail_cut=float("nan")), "tail_cut=nan"),
         (lambda: RandomAboveCut(seed=0.5), "seed=0.5"),
     ],

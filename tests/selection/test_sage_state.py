@@ -175,7 +175,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 def test_options_are_frozen_and_equal_by_value():
-    assert SAGE() == SAGE(rule=Strata(floor=0.5))
+    assert SAGE() == SAGE(rule=Strata(spread=3.0))
     assert SAGE() != SAGE(sketch_size=32)
     with pytest.raises(AttributeError):
         SAGE().sketch_size = 3

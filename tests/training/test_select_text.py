@@ -40,7 +40,7 @@ def test_every_method_has_its_name_its_options_and_defaults_of_the_right_type(na
         ("SAGE:0.1", "sage:0.1"),
         ("grad-match:0.1", "gradmatch:0.1"),
         ("sage:1e-1:warmup=1:every=0", "sage:0.1"),
-        ("sage:0.1:rule=Strata(floor=0.5):weights=uniform", "sage:0.1"),
+        ("sage:0.1:rule=Strata(spread=3.0):weights=uniform", "sage:0.1"),
         ("sage:0.1:every=2:sketch_size=16:warmup=0", "sage:0.1:sketch_size=16:warmup=0:every=2"),
         ("sage:0.1:rule=top", "sage:0.1:rule=Top"),
         ("sage:0.1:rule=random", "sage:0.1:rule=RandomAboveCut"),

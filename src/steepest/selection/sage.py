@@ -51,9 +51,9 @@ class SAGE(Method):
     gradients cancel; a class of one sample agrees with itself, 1. Scaling the loss of a sample changes nothing but
     its share of the sketch.
 
-    Differences from the paper: the consensus and the number kept are per class by default; samples whose
-    score is below 0.5 are cut and the rest kept in even strata (the top alone keeps near-copies; over all classes it
-    keeps few classes).
+    Differences from the paper: the consensus and the number kept are per class by default; samples
+    whose gradients point far away from it are cut and the rest kept in even strata (the top alone keeps near-copies;
+    over all classes it keeps few classes).
     Differences from the authors' code: the same scope for sketch and scores (not the sketch of one layer scored with
     all), the images of the data as they come (not augmented anew in each pass), a model that is the caller's own and
     meant to be trained (theirs never is), a shrink per l rows by a small eigenproblem (not one SVD per row), float32
