@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from steepest._versions import package_version
 from steepest.report.charts import Charts
 from steepest.report.grids import environment_grid, overview_grid
 from steepest.report.groups import Cell, group, studies
@@ -15,7 +16,6 @@ from steepest.report.view import section
 from steepest.report.words import count, listing
 from steepest.training.files import write_atomically
 from steepest.training.records import RunRecord
-from steepest.training.spec import package_version
 
 __all__ = ["render_report", "write_report"]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from steepest._files import write_atomically
+from steepest._versions import package_version
 from steepest.report.charts import Charts
 from steepest.report.grids import Entry, Grid, environment_grid
 from steepest.report.selection_check import Check, check_grid, check_verdict
@@ -11,7 +12,6 @@ from steepest.report.selection_figures import selection_figures, selection_legen
 from steepest.report.selection_words import Selected, cost_words, kept_words, meanings, wrong_words
 from steepest.report.sheet import page_sheet, page_template
 from steepest.report.words import count, number, option_text
-from steepest.training.spec import package_version
 
 __all__ = ["render_selection", "write_selection_page"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from steepest._files import write_atomically
+from steepest._versions import package_version
 from steepest.errors import SelectionError
 from steepest.selection.passes import Passes
-from steepest.selection.stored import package_version
 
 __all__ = ["Keeper"]
 

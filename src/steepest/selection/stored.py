@@ -7,7 +7,6 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,17 @@ import torch
 from torch import Tensor
 
 from steepest._files import write_atomically
+from steepest._versions import package_version
 from steepest.errors import SelectionError
 from steepest.selection.report import Estimate, SelectionReport
 
-__all__ = ["package_version", "plain", "read_selection", "write_selection"]
+__all__ = ["plain", "read_selection", "write_selection"]
 
 _FORMAT = 1
 _DTYPES = {"indices": torch.int64, "scores": torch.float32, "weights": torch.float32, "labels": torch.int64}
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, NotImplementedError)
 _OPTIONAL = ("scores", "labels")
 _ABOUT = {"method": str, "options": dict, "num_samples": int, "fingerprint": str, "model_hash": str}
-
-
-def package_version(name: str) -> str:
-    """Version of an installed package, without importing it.
-
-    Args:
-        name: Name of the distribution.
-
-    Returns:
-        The version, or "unknown" where the package runs from its source without being installed.
-    """
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def plain(value: Any) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from steepest._versions import package_version
 from steepest.training.convert import convert, plain
 from steepest.training.errors import CheckpointError
 from steepest.training.loop import Progress, Trainer
-from steepest.training.spec import RunSpec, package_version
+from steepest.training.spec import RunSpec
 from steepest.training.subsets import Subset
 from steepest.training.trained import write_tensors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import steepest
-from steepest.training.spec import package_version
+from steepest._versions import package_version
 
 __all__ = ["cpu_model", "environment_row", "source_commit"]
 

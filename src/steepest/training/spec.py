@@ -4,30 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from steepest._versions import package_version
 from steepest.training.convert import plain
 from steepest.training.source import Source
 
-__all__ = ["RunSpec", "package_version"]
+__all__ = ["RunSpec"]
 
 Schedule = Literal["constant", "linear"]
-
-
-def package_version(name: str) -> str:
-    """Version of an installed package, without importing it.
-
-    Args:
-        name: Name of the distribution.
-
-    Returns:
-        The version, or "unknown" where the package runs from its source without being installed.
-    """
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass(frozen=True)
