@@ -6,7 +6,8 @@ For every seed, with clean labels and with 20 % of them replaced by a wrong one:
 few epochs, every method chooses 5, 15 and 25 % with it, and a new model is trained on each choice for the same number
 of steps, by AdamW at a rate that falls to 0 and is the same for all (the steps of the scorer are not counted). Test
 labels are right. `wrong` is the share of wrong labels among those kept, `seconds` is for choosing.
-Weights of a method are honoured by drawing in proportion. A cell (task, labels, seed) that is on disk is not repeated.
+Weights of a method are honoured by drawing in proportion. What is on disk (a file for each task, kind of labels and
+seed, written after every row) is not repeated.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 import steepest as st
 from records import write
+from steepest._files import write_atomically
 from steepest.selection.quotas import ClassPolicy
 from steepest.selection.rules import Rule, keep_by_group
 from steepest.training.data import Split
@@ -97,6 +99,7 @@ ARMS: dict[str, Arm] = {
 
 
 NAMES = [*ARMS, "GradMatch"]
+CHANCE = ("random", "random balanced", "random per epoch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,25 +188,28 @@ class Choice:
 
 
 def choices(
-    study: Study, data: Data, scorer: nn.Module, seed: int, arms: Sequence[str]
+    study: Study, data: Data, scorer: nn.Module, seed: int, wanted: Callable[[str, float], bool]
 ) -> Iterator[tuple[str, float, Choice]]:
-    """Every arm at every fraction."""
+    """Every wanted arm at every fraction."""
     total = len(data.labels)
     pick = partial(st.select_subset, scorer, (data.inputs, data.labels), LOSS, batch_size=256, review=False)
     scores: dict[str, tuple[Tensor, float]] = {}
     for fraction in FRACTIONS:
         count = round(fraction * total)
-        for policy in ("global", "balanced"):
+        for policy, name in (("global", "random"), ("balanced", "random balanced")):
+            if not wanted(name, fraction):
+                continue
             kept = st.select_subset(
                 None, (data.inputs, data.labels), count=count, method=st.Random(seed, class_policy=policy), review=False
             )
-            yield "random" if policy == "global" else "random balanced", fraction, Choice(kept.indices, None, 0.0)
-        if "GradMatch" in arms:
+            yield name, fraction, Choice(kept.indices, None, 0.0)
+        if wanted("GradMatch", fraction):
             start = time.perf_counter()
             kept = pick(count=count, method=st.GradMatch())
             yield "GradMatch", fraction, Choice(kept.indices, kept.weights, time.perf_counter() - start)
-        for arm in (name for name in arms if name in ARMS):
-            scoring, sign, policy, rule = ARMS[arm]
+        for arm, (scoring, sign, policy, rule) in ARMS.items():
+            if not wanted(arm, fraction):
+                continue
             if scoring not in scores:
                 start = time.perf_counter()
                 found = pick(count=round(max(FRACTIONS) * total), method=SCORERS[scoring]).scores
@@ -213,8 +219,15 @@ def choices(
             yield arm, fraction, Choice(indices, None, seconds)
 
 
-def cell(study: Study, seed: int, *, noisy: bool, arms: Sequence[str]) -> list[Row]:
-    """All methods and fractions for one seed."""
+def cell(study: Study, seed: int, *, noisy: bool, arms: Sequence[str], path: Path) -> list[Row]:
+    """All methods and fractions for one seed: what the file has, and what it lacks."""
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    present = {(row["method"], row["fraction"]) for row in rows}
+    wanted = lambda method, fraction: (  # noqa: E731
+        (method not in NAMES or method in arms) and (method, fraction) not in present
+    )
+    if not any(wanted(method, fraction) for method in (*arms, *CHANCE) for fraction in FRACTIONS):
+        return rows
     data = load(study, seed, noisy=noisy)
     total = len(data.labels)
     everything = torch.arange(total)
@@ -231,24 +244,29 @@ def cell(study: Study, seed: int, *, noisy: bool, arms: Sequence[str]) -> list[R
         fit(study, data, model, order, study.steps)
         return accuracy(model, data)
 
-    rows: list[Row] = [{**base, "method": "scorer", "fraction": 1.0, "accuracy": accuracy(scorer, data)}]
-    found = train(stream(everything, None, study.batch_size, generator(2)))
-    rows.append({**base, "method": "everything", "fraction": 1.0, "accuracy": found, "wrong": share(data.wrong)})
-    for fraction in FRACTIONS:
-        found = train(redrawn(total, round(fraction * total), study.batch_size, generator(3)))
-        rows.append({**base, "method": "random per epoch", "fraction": fraction, "accuracy": found})
-    for method, fraction, choice in choices(study, data, scorer, seed, arms):
-        order = stream(choice.indices, choice.weights, study.batch_size, generator(4))
-        rows.append({
-            **base,
-            "method": method,
-            "fraction": fraction,
-            "accuracy": train(order),
-            "wrong": share(data.wrong[choice.indices]),
-            "seconds": choice.seconds,
-            "classes": len(data.labels[choice.indices].unique()),
-        })
+    def add(**row: Any) -> None:
+        rows.append({**base, **row})
         print({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
+        write_atomically(path, json.dumps(rows))
+
+    if wanted("scorer", 1.0):
+        add(method="scorer", fraction=1.0, accuracy=accuracy(scorer, data))
+    if wanted("everything", 1.0):
+        found = train(stream(everything, None, study.batch_size, generator(2)))
+        add(method="everything", fraction=1.0, accuracy=found, wrong=share(data.wrong))
+    for fraction in FRACTIONS:
+        if wanted("random per epoch", fraction):
+            found = train(redrawn(total, round(fraction * total), study.batch_size, generator(3)))
+            add(method="random per epoch", fraction=fraction, accuracy=found)
+    for method, fraction, choice in choices(study, data, scorer, seed, wanted):
+        add(
+            method=method,
+            fraction=fraction,
+            accuracy=train(stream(choice.indices, choice.weights, study.batch_size, generator(4))),
+            wrong=share(data.wrong[choice.indices]),
+            seconds=choice.seconds,
+            classes=len(data.labels[choice.indices].unique()),
+        )
     return rows
 
 
@@ -267,7 +285,10 @@ def gather(study: Study, rows: list[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row["labels"], row["fraction"], row["method"]), []).append(row)
     table = []
-    for (labels, fraction, method), mine in groups.items():
+    order = ["scorer", "everything", *CHANCE, *NAMES]
+    place = lambda key: (key[0], key[1], order.index(key[2]))  # noqa: E731
+    for labels, fraction, method in sorted(groups, key=place):
+        mine = groups[labels, fraction, method]
         mean = lambda column, mine=mine: (  # noqa: E731
             statistics.fmean(row[column] for row in mine) if column in mine[0] else None
         )
@@ -340,6 +361,7 @@ def main() -> None:
         print("STEEPEST_DATA is not set")
         return
     torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
     table: list[Row] = []
     for name in given.studies or STUDIES:
         study = STUDIES[name]
@@ -351,11 +373,7 @@ def main() -> None:
                 path = (
                     given.out / f"{name}-{'wrong' if noisy else 'clean'}-{seed}{'-quick' if given.quick else ''}.json"
                 )
-                if not path.exists():
-                    found = cell(study, seed, noisy=noisy, arms=given.arms)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(found))
-                rows += json.loads(path.read_text())
+                rows += cell(study, seed, noisy=noisy, arms=given.arms, path=path)
         table += gather(study, rows)
     draw(table, given.out / "subsets.svg")
     if not given.quick:
