@@ -1,41 +1,42 @@
-"""The Gaussian kernel of two sets of points, with a backward that keeps one matrix."""
+"""The Gaussian kernel of two sets of points, evaluated in pieces, with a backward that keeps one matrix."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_gram", "gaussian_kernel"]
+__all__ = ["centre_of", "evaluate", "gaussian_gram", "gaussian_kernel", "pieces", "through_distances"]
+
+# Bytes of the kernel that are worked on at a time: on a CPU what stays in its cache, elsewhere what keeps it busy.
+_CPU_PIECE, _DEVICE_PIECE = 1 << 20, 1 << 28
 
 
-class _GaussianKernel(torch.autograd.Function):
-    """Saves the kernel itself and the points; autograd through the formula would keep three matrices of its size."""
-
+class _Kernel(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        exponent = torch.matmul(x, y.mT)
-        exponent.sub_(x.square().sum(-1, keepdim=True).mul_(0.5)).sub_(y.square().sum(-1).mul_(0.5).unsqueeze(-2))
-        return exponent.clamp_max_(0.0).exp_()  # rounding can make a squared distance negative
+    def forward(x: Tensor, y: Tensor, scale: float) -> Tensor:
+        return evaluate(x, y, scale)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        *points, ctx.scale = inputs
+        ctx.save_for_backward(*points, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, kernel = ctx.saved_tensors
-        weights = grad * kernel  # d exp(-|x - y|^2 / 2) = exp(...) (y - x) dx
-        grad_x = weights @ y - weights.sum(-1, keepdim=True) * x
-        grad_y = weights.mT @ x - weights.sum(-2).unsqueeze(-1) * y
-        return grad_x, grad_y
+        centre = centre_of(y)
+        with torch.autocast(grad.device.type, enabled=False):  # as in the forward, wherever the backward is called
+            weights = ctx.scale * grad * _differentiable(x, y, kernel, ctx.scale)
+            return *through_distances(weights, x - centre, y - centre), None
 
 
-def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+def gaussian_kernel(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     r"""Gaussian kernel between two sets of points.
 
-    .. math:: K_{ij} = \exp(-|x_i - y_j|^2 / 2)
+    .. math:: K_{ij} = \exp(-s |x_i - y_j|^2 / 2)
 
     Squared distances are expanded, :math:`|x|^2 - 2 x y + |y|^2`, after both sets are moved to the mean of `y`, which
     changes no distance: rounding is about machine epsilon times the squared distance of the farthest point from
@@ -44,6 +45,7 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: `[..., n, d]`.
         y: `[..., m, d]`, with the same leading dimensions.
+        scale: s.
 
     Returns:
         `[..., n, m]`, between 0 and 1.
@@ -53,14 +55,11 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
         tensor([[1.0000],
                 [0.1353]])
     """
-    centre = y.detach().mean(-2, keepdim=True)
-    # Half the sum of d squares of either point and their product stay in range.
-    most = (torch.finfo(y.dtype).max / (8 * y.shape[-1])) ** 0.5
-    kernel: Tensor = _GaussianKernel.apply((x - centre).clamp(-most, most), (y - centre).clamp(-most, most))  # type: ignore[no-untyped-call]
+    kernel: Tensor = _Kernel.apply(x, y, scale)  # type: ignore[no-untyped-call]
     return kernel
 
 
-def gaussian_gram(points: Tensor) -> Tensor:
+def gaussian_gram(points: Tensor, scale: float = 1.0) -> Tensor:
     """Gaussian kernel of points with themselves, positive semidefinite to rounding and 1 on the diagonal.
 
     Distances are computed in float64: in float32 the rounding of points far apart can exceed any reasonable ridge, and
@@ -68,6 +67,7 @@ def gaussian_gram(points: Tensor) -> Tensor:
 
     Args:
         points: `[..., m, d]`.
+        scale: Of the squared distances.
 
     Returns:
         `[..., m, m]` in the type of the points.
@@ -79,7 +79,68 @@ def gaussian_gram(points: Tensor) -> Tensor:
     """
     # Apple's GPUs have no float64.
     wide = points if points.device.type == "mps" else points.double()
-    gram = gaussian_kernel(wide, wide).to(points.dtype)
+    # A clone: the compiler cannot trace a function that is given one tensor twice.
+    gram = gaussian_kernel(wide, wide.clone(), scale).to(points.dtype)
     identity = torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
     # Not masked_fill with 1: NaN must stay.
     return torch.where(identity & (gram > 0), 1.0, gram)
+
+
+def centre_of(y: Tensor) -> Tensor:
+    """The point that both sets are moved to before distances are expanded; no gradient goes through it."""
+    return y.detach().mean(-2, keepdim=True)
+
+
+def evaluate(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """`gaussian_kernel` without gradients."""
+    centre, root = centre_of(y), math.sqrt(scale)
+    # Half the sum of d squares of either point and their product stay in range.
+    most = math.sqrt(torch.finfo(y.dtype).max / (8 * y.shape[-1]))
+    right = ((y - centre) * root).clamp(-most, most)
+    half = right.square().sum(-1).mul(0.5).unsqueeze(-2)
+
+    def piece(rows: slice) -> Tensor:
+        left = (x[..., rows, :] - centre).mul_(root).clamp(-most, most)
+        exponent = left @ right.mT
+        exponent.sub_(left.square().sum(-1, keepdim=True).mul_(0.5)).sub_(half)
+        return exponent.clamp_max_(0.0).exp_()  # rounding can make a squared distance negative
+
+    parts = pieces(x, y)
+    first = piece(parts[0])
+    if len(parts) == 1:
+        return first
+    kernel = first.new_empty((*first.shape[:-2], x.shape[-2], y.shape[-2]))
+    kernel[..., parts[0], :] = first
+    for rows in parts[1:]:
+        kernel[..., rows, :] = piece(rows)
+    return kernel
+
+
+def _differentiable(x: Tensor, y: Tensor, kernel: Tensor, scale: float) -> Tensor:
+    """The kernel as it was saved, or with a graph of its own when somebody asks for second derivatives."""
+    return gaussian_kernel(x, y, scale) if torch.is_grad_enabled() else kernel
+
+
+def through_distances(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the points from the scaled gradient of the kernel times the kernel: d K = s K (y - x) dx."""
+    grad_x = weights @ y - weights.sum(-1, keepdim=True) * x
+    grad_y = weights.mT @ x - weights.sum(-2).unsqueeze(-1) * y
+    return grad_x, grad_y
+
+
+def pieces(x: Tensor, y: Tensor) -> list[slice]:
+    """Parts of the rows of a kernel that are worth working on at a time.
+
+    Args:
+        x: `[..., n, d]`.
+        y: `[..., m, d]`.
+
+    Returns:
+        Slices that cover 0 to n.
+    """
+    count = x.shape[-2]
+    if torch.compiler.is_compiling():  # the compiler cuts and fuses as it sees fit
+        return [slice(0, count)]
+    row = x.element_size() * y.shape[-2] * math.prod(x.shape[:-2])
+    size = max(1, (_CPU_PIECE if x.device.type == "cpu" else _DEVICE_PIECE) // max(row, 1))
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -263,10 +263,12 @@ class SoftmaxFreeAttention(nn.Module):
 
     def _queries(self, query: Tensor, mask: Tensor | None) -> Tensor:
         """Queries of every head `[B, heads, n, head_dim]`, scaled so that the kernel's width is 1."""
-        heads: Tensor = self._split(self.q_proj(_without(query, mask))) * self.head_dim**-0.25
-        if self.log_bandwidth is not None:
-            # Every head's width by an elementwise product: what the engine follows sample by sample.
-            heads = heads * self.log_bandwidth.neg().exp().view(-1, 1, 1)
+        heads: Tensor = self._split(self.q_proj(_without(query, mask)))
+        scale = self.head_dim**-0.25
+        if self.log_bandwidth is None:
+            heads = heads * scale
+        else:  # by an elementwise product: what the engine follows sample by sample
+            heads = heads * (self.log_bandwidth.neg().exp() * scale).view(-1, 1, 1)
         return heads if mask is None else heads.masked_fill(mask.unsqueeze(-1), 0.0)
 
     def _split(self, tokens: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Softmax-free attention as a function of tensors, beside `torch.nn.functional.scaled_dot_product_attention`."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from steepest._validation import check_real
 from steepest.errors import InvalidOptionError
 from steepest.linalg.gaussian import gaussian_gram, gaussian_kernel
+from steepest.nn.fused import composed, fused
 from steepest.nn.inverses import CholeskyInverse, Inverse
 from steepest.nn.landmarks import average_landmarks, widened
 
@@ -84,24 +86,17 @@ def softmax_free_attention(
     check_real("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
     out_type = value.dtype
     with torch.autocast(query.device.type, enabled=False):
-        scaled, points, absent = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
-        _check_value(scaled, value)
+        queries, points, absent, factor = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
+        _check_value(query, value)
         values = widened(value)
         if key_padding_mask is not None:
             values = values.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
-        between = gaussian_kernel(scaled, points)
-        shares = F.dropout(between, dropout_p) if dropout_p else between
-        gathered = shares.mT @ values
-        kernel = _landmark_kernel(points, absent)
-        spread = kernel.sum(-1, keepdim=True).rsqrt() if normalize else None
-        if spread is not None:
-            gathered = spread * gathered
-        if absent is not None:
-            gathered = gathered.masked_fill(absent.unsqueeze(-1), 0.0)
-        mixed = (inverse or CholeskyInverse()).solve(kernel, gathered)
-        if spread is not None:
-            mixed = spread * mixed
-        out = between @ mixed
+        mix = partial(_mix, absent=absent, scale=factor, normalize=normalize, inverse=inverse or CholeskyInverse())
+        # The compiler fuses the plain form better than it traces the other, and torch.func needs it.
+        if dropout_p or torch.compiler.is_compiling() or _transformed(queries, points, values):
+            out = composed(queries, points, values, mix, factor, lambda kernel: F.dropout(kernel, dropout_p))
+        else:
+            out = fused(queries, points, values, mix, factor)
         if key_padding_mask is not None:
             out = out.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
     return out.to(out_type)
@@ -153,12 +148,12 @@ def diagnose_attention(
     """
     inverse = inverse or CholeskyInverse()
     with torch.autocast(query.device.type, enabled=False):
-        scaled, points, absent = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
-        kernel = _landmark_kernel(points, absent)
+        queries, points, absent, factor = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
+        kernel = _landmark_kernel(points, absent, factor)
         identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
         ridged = kernel + inverse.ridge * identity
         left = ridged @ inverse.solve(kernel, identity.expand_as(kernel)) - identity
-        nearest = gaussian_kernel(scaled, points)
+        nearest = gaussian_kernel(queries, points, factor)
         if absent is not None:
             nearest = nearest.masked_fill(absent.unsqueeze(-2), 0.0)
         nearest = nearest.amax(-1)
@@ -182,28 +177,43 @@ def _points(
     key_padding_mask: Tensor | None,
     landmark_padding_mask: Tensor | None,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Queries and landmarks, scaled, and which landmarks are not there."""
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Queries and landmarks, wide enough to compute with, which landmarks are not there, and the kernel's scale."""
     _check_query(query, key_padding_mask)
-    if scale is not None:
-        check_real("scale", scale, low=0.0, open_low=True)
-    factor = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
-    scaled = widened(query) * factor
+    factor = query.shape[-1] ** -0.5 if scale is None else check_real("scale", scale, low=0.0, open_low=True)
+    queries = widened(query)
     if key_padding_mask is not None:
-        scaled = scaled.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
-    if isinstance(landmarks, Tensor):
-        _check_landmarks(query, landmarks, landmark_padding_mask)
-        points = widened(landmarks) * factor
+        queries = queries.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+    if not isinstance(landmarks, Tensor):
         if landmark_padding_mask is not None:
-            points = points.masked_fill(landmark_padding_mask.unsqueeze(-1), 0.0)
-        return scaled, points.to(scaled.dtype), landmark_padding_mask
+            raise InvalidOptionError("landmark_padding_mask is for given landmarks, and only their number was given.")
+        return queries, *average_landmarks(queries, landmarks, key_padding_mask=key_padding_mask), factor
+    _check_landmarks(query, landmarks, landmark_padding_mask)
+    points = widened(landmarks).to(queries.dtype)
     if landmark_padding_mask is not None:
-        raise InvalidOptionError("landmark_padding_mask is for given landmarks, and only their number was given.")
-    return scaled, *average_landmarks(scaled, landmarks, key_padding_mask=key_padding_mask)
+        points = points.masked_fill(landmark_padding_mask.unsqueeze(-1), 0.0)
+    return queries, points, landmark_padding_mask, factor
 
 
-def _landmark_kernel(points: Tensor, absent: Tensor | None) -> Tensor:
-    kernel = gaussian_gram(points)
+def _mix(
+    points: Tensor, gathered: Tensor, *, absent: Tensor | None, scale: float, normalize: bool, inverse: Inverse
+) -> Tensor:
+    """Solve with the landmarks' kernel, normalised from both sides."""
+    kernel = _landmark_kernel(points, absent, scale)
+    if absent is not None:
+        gathered = gathered.masked_fill(absent.unsqueeze(-1), 0.0)
+    if not normalize:
+        return inverse.solve(kernel, gathered)
+    spread = kernel.sum(-1, keepdim=True).rsqrt()
+    return spread * inverse.solve(kernel, spread * gathered)
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+
+
+def _landmark_kernel(points: Tensor, absent: Tensor | None, scale: float) -> Tensor:
+    kernel = gaussian_gram(points, scale)
     if absent is None:
         return kernel
     # A landmark that is not there is alone: it changes neither the others' rows nor their sums.
