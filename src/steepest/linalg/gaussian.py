@@ -1,12 +1,13 @@
 """The Gaussian kernel of two sets of points, evaluated in pieces, with a backward that keeps one matrix."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["centre_of", "evaluate", "gaussian_gram", "gaussian_kernel", "pieces", "through_distances"]
+__all__ = ["centre_of", "evaluate", "gaussian_gram", "gaussian_kernel", "no_autocast", "pieces", "through_distances"]
 
 # Bytes of the kernel that are worked on at a time: on a CPU what stays in its cache, elsewhere what keeps it busy.
 _CPU_PIECE, _DEVICE_PIECE = 1 << 20, 1 << 28
@@ -28,9 +29,31 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, kernel = ctx.saved_tensors
         centre = centre_of(y)
-        with torch.autocast(grad.device.type, enabled=False):  # as in the forward, wherever the backward is called
+        with no_autocast(grad.device):  # as in the forward, wherever the backward is called
             weights = ctx.scale * grad * _differentiable(x, y, kernel, ctx.scale)
             return *through_distances(weights, x - centre, y - centre), None
+
+
+class _Gram(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(points: Tensor, scale: float) -> Tensor:
+        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.square().mul_(-0.5 * scale).exp_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        points, ctx.scale = inputs
+        ctx.save_for_backward(points, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        points, gram = ctx.saved_tensors
+        from_mean = points - centre_of(points)
+        with no_autocast(grad.device):
+            weights = ctx.scale * (grad + grad.mT) * gram
+            return weights @ from_mean - weights.sum(-1, keepdim=True) * from_mean, None
 
 
 def gaussian_kernel(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
@@ -62,8 +85,8 @@ def gaussian_kernel(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
 def gaussian_gram(points: Tensor, scale: float = 1.0) -> Tensor:
     """Gaussian kernel of points with themselves, positive semidefinite to rounding and 1 on the diagonal.
 
-    Distances are computed in float64: in float32 the rounding of points far apart can exceed any reasonable ridge, and
-    then no factorisation of the matrix exists.
+    Distances are sums of squared differences, in float64: the rounding of expanded squares, for points far from their
+    mean, can exceed any reasonable ridge, and then no factorisation of the matrix exists.
 
     Args:
         points: `[..., m, d]`.
@@ -79,11 +102,14 @@ def gaussian_gram(points: Tensor, scale: float = 1.0) -> Tensor:
     """
     # Apple's GPUs have no float64.
     wide = points if points.device.type == "mps" else points.double()
-    # A clone: the compiler cannot trace a function that is given one tensor twice.
-    gram = gaussian_kernel(wide, wide.clone(), scale).to(points.dtype)
-    identity = torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
-    # Not masked_fill with 1: NaN must stay.
-    return torch.where(identity & (gram > 0), 1.0, gram)
+    gram: Tensor = _Gram.apply(wide, scale)  # type: ignore[no-untyped-call]
+    return gram.to(points.dtype)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off for the type of a device; where there is none, as for "meta", nothing."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def centre_of(y: Tensor) -> Tensor:

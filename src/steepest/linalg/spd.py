@@ -77,6 +77,32 @@ def newton_steps(condition: float) -> int:
     return max(1, math.ceil(math.log2(-math.log(_CONVERGED)) + 2 * math.log2(condition)))
 
 
+class _NewtonInverse(torch.autograd.Function):
+    """V of steps that suffice; the backward is that of the inverse, at any order, since V itself is saved."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(matrix: Tensor, steps: int) -> Tensor:
+        return _iterated(matrix, steps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inverse,) = ctx.saved_tensors
+        return -inverse.mT @ grad @ inverse.mT, None
+
+
+def _iterated(matrix: Tensor, steps: int) -> Tensor:
+    inverse = matrix / matrix.abs().sum(-1).amax(-1)[..., None, None].square()
+    for _ in range(steps):
+        inverse = 2 * inverse - inverse @ matrix @ inverse
+    return inverse
+
+
 def newton_inverse(matrix: Tensor, steps: int, *, converged: bool) -> Tensor:
     r"""Inverse of symmetric positive definite matrices by Newton's iteration.
 
@@ -88,7 +114,7 @@ def newton_inverse(matrix: Tensor, steps: int, *, converged: bool) -> Tensor:
         matrix: `[..., m, m]`.
         steps: Number of steps.
         converged: Whether that many steps are known to suffice (see `newton_steps`). Then the gradient is that of the
-            inverse, :math:`-V^T G V^T`, in the memory of one step. If not, the gradient goes through every step: it is
+            inverse, :math:`-V^T G V^T`, in the memory of V. If not, the gradient goes through every step: it is
             the gradient of what was computed, which is not yet the inverse.
 
     Returns:
@@ -99,9 +125,7 @@ def newton_inverse(matrix: Tensor, steps: int, *, converged: bool) -> Tensor:
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]])
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not converged):
-        inverse = matrix / matrix.abs().sum(-1).amax(-1)[..., None, None].square()
-        for _ in range(steps - converged):
-            inverse = 2 * inverse - inverse @ matrix @ inverse
-    # The last step alone, with the inverse before it held fixed, differentiates to -V dP V.
-    return 2 * inverse - inverse @ matrix @ inverse if converged else inverse
+    if not converged:
+        return _iterated(matrix, steps)
+    inverse: Tensor = _NewtonInverse.apply(matrix, steps)  # type: ignore[no-untyped-call]
+    return inverse

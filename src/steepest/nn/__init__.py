@@ -5,12 +5,21 @@ from steepest.nn.attention import SoftmaxFreeAttention
 from steepest.nn.functional import AttentionDiagnostics
 from steepest.nn.inverses import CholeskyInverse, NewtonInverse
 from steepest.nn.resnet import ResNet
+from steepest.nn.soft import SOFT, soft_huge, soft_large, soft_medium, soft_small, soft_tiny
+from steepest.nn.soft_weights import load_published_weights
 
 __all__ = [
+    "SOFT",
     "AttentionDiagnostics",
     "CholeskyInverse",
     "NewtonInverse",
     "ResNet",
     "SoftmaxFreeAttention",
     "functional",
+    "load_published_weights",
+    "soft_huge",
+    "soft_large",
+    "soft_medium",
+    "soft_small",
+    "soft_tiny",
 ]

@@ -1,6 +1,5 @@
 """Softmax-free attention as a layer, beside `torch.nn.MultiheadAttention`."""
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -17,8 +16,9 @@ from steepest.nn.functional import (
     diagnose_attention,
     softmax_free_attention,
 )
+from steepest.nn.fused import transformed
 from steepest.nn.inverses import CholeskyInverse, Inverse
-from steepest.nn.landmarks import pad_to_multiple
+from steepest.nn.landmarks import check_size, pad_to_multiple
 
 __all__ = ["SoftmaxFreeAttention"]
 
@@ -191,13 +191,13 @@ class SoftmaxFreeAttention(nn.Module):
                 "self-attention only. Pass query alone, or use torch.nn.MultiheadAttention for cross-attention."
             )
         value = query if value is None else value
+        self._check(query, value, size)
         batched, transposed = query.ndim == 3, query.ndim == 3 and not self.batch_first
         if transposed:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         if not batched:
             query, value = query.unsqueeze(0), value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        self._check(query, value, size)
         out = self._attend(query, value, self._mask(query, key_padding_mask), size)
         if transposed:
             out = out.transpose(0, 1)
@@ -220,13 +220,13 @@ class SoftmaxFreeAttention(nn.Module):
         Returns:
             The diagnostics, each `[B, num_heads]`, without gradients.
         """
+        self._check(query, query, size)
         with torch.no_grad():
             if query.ndim == 2:
                 query = query.unsqueeze(0)
                 key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
             elif not self.batch_first:
                 query = query.transpose(0, 1)
-            self._check(query, query, size)
             mask = self._mask(query, key_padding_mask)
             heads = self._queries(query, mask)
             points, absent = self._landmarks(heads, mask, size)
@@ -290,7 +290,7 @@ class SoftmaxFreeAttention(nn.Module):
             there = pad_to_multiple((~mask).to(torch.float32).view(batch, 1, *shape), self.landmark_stride)
             pool = F.max_pool1d if self.dims == 1 else F.max_pool2d
             absent = pool(there, self.landmark_stride).flatten(2) == 0
-        return points.view(batch, self.num_heads, -1, self.head_dim), absent
+        return points.unflatten(0, (batch, self.num_heads)), absent
 
     def _convolved(self, convolution: nn.Module, values: Tensor, size: tuple[int, int] | None) -> Tensor:
         """A convolution along the tokens, the same for all features of a head."""
@@ -301,19 +301,18 @@ class SoftmaxFreeAttention(nn.Module):
         return out
 
     def _check(self, query: Tensor, value: Tensor, size: tuple[int, int] | None) -> None:
-        if query.ndim != 3 or query.shape[-1] != self.embed_dim or value.shape != query.shape or 0 in query.shape[1:]:
+        fits = query.ndim in {2, 3} and query.shape[-1] == self.embed_dim and value.shape == query.shape
+        count = query.shape[-2 if self.batch_first or query.ndim == 2 else 0] if fits else 0
+        if count == 0:
+            order = "[B, n, " if self.batch_first else "[n, B, "
             raise InvalidOptionError(
-                f"query has the shape {tuple(query.shape)} and value {tuple(value.shape)}: give both as [B, n, "
-                f"{self.embed_dim}] (or [n, B, {self.embed_dim}] with batch_first=False)."
+                f"query has the shape {tuple(query.shape)} and value {tuple(value.shape)}: give both as {order}"
+                f"{self.embed_dim}] or [n, {self.embed_dim}], with a token at least."
             )
         if (size is None) != (self.dims == 1):
             needed = "pass size=(height, width)" if self.dims == 2 else "build it with dims=2, or leave out size"
             raise InvalidOptionError(f"size={size} for attention over {self.dims} dimension(s): {needed}.")
-        if size is not None and math.prod(size) != query.shape[1]:
-            raise InvalidOptionError(
-                f"size={tuple(size)} is a map of {math.prod(size)} tokens, and {query.shape[1]} were given: give the "
-                "height and width of the tokens' map."
-            )
+        check_size(size, count)
 
     @staticmethod
     def _mask(query: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -326,7 +325,8 @@ class SoftmaxFreeAttention(nn.Module):
                 f"{tuple(query.shape[:2])}."
             )
         if mask.is_floating_point():
-            if not torch.compiler.is_compiling() and not ((mask == 0) | mask.isneginf()).all():
+            readable = not (torch.compiler.is_compiling() or mask.is_meta or transformed(mask))
+            if readable and not ((mask == 0) | mask.isneginf()).all():
                 raise InvalidOptionError(
                     "key_padding_mask holds numbers other than 0 and -inf: give booleans, True for tokens not there."
                 )

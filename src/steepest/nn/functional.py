@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from steepest._validation import check_real
 from steepest.errors import InvalidOptionError
-from steepest.linalg.gaussian import gaussian_gram, gaussian_kernel
-from steepest.nn.fused import composed, fused
+from steepest.linalg.gaussian import gaussian_gram, gaussian_kernel, no_autocast
+from steepest.nn.fused import composed, fused, transformed
 from steepest.nn.inverses import CholeskyInverse, Inverse
 from steepest.nn.landmarks import average_landmarks, widened
 
@@ -83,9 +83,10 @@ def softmax_free_attention(
     """
     if is_causal:
         raise InvalidOptionError(NOT_CAUSAL)
-    check_real("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
+    if not torch.compiler.is_compiling():  # where it may be a symbol
+        check_real("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
     out_type = value.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device):
         queries, points, absent, factor = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
         _check_value(query, value)
         values = widened(value)
@@ -93,7 +94,7 @@ def softmax_free_attention(
             values = values.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
         mix = partial(_mix, absent=absent, scale=factor, normalize=normalize, inverse=inverse or CholeskyInverse())
         # The compiler fuses the plain form better than it traces the other, and torch.func needs it.
-        if dropout_p or torch.compiler.is_compiling() or _transformed(queries, points, values):
+        if dropout_p or torch.compiler.is_compiling() or transformed(queries, points, values):
             out = composed(queries, points, values, mix, factor, lambda kernel: F.dropout(kernel, dropout_p))
         else:
             out = fused(queries, points, values, mix, factor)
@@ -147,7 +148,7 @@ def diagnose_attention(
         (tensor(501.), tensor(1.))
     """
     inverse = inverse or CholeskyInverse()
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device):
         queries, points, absent, factor = _points(query, landmarks, key_padding_mask, landmark_padding_mask, scale)
         kernel = _landmark_kernel(points, absent, factor)
         identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -162,10 +163,14 @@ def diagnose_attention(
         else:
             there = (~key_padding_mask).expand_as(nearest)
             coverage = (nearest * there).sum(-1) / there.sum(-1).clamp(min=1)
-        values = torch.linalg.eigvalsh(ridged.double() if ridged.device.type != "mps" else ridged)
+        # A matrix that holds NaN makes eigvalsh fail for all.
+        broken = ridged.isnan().any(-1).any(-1)
+        whole = torch.where(broken[..., None, None], identity, ridged)
+        values = torch.linalg.eigvalsh(whole.double() if whole.device.type != "mps" else whole)
+        condition = (values[..., -1] / values[..., 0]).to(kernel.dtype).masked_fill(broken, torch.nan)
     size = kernel.shape[-1] ** 0.5
     return AttentionDiagnostics(
-        condition=(values[..., -1] / values[..., 0]).to(kernel.dtype),
+        condition=condition,
         residual=torch.linalg.matrix_norm(left) / size,
         coverage=coverage,
     )
@@ -186,7 +191,10 @@ def _points(
         queries = queries.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
     if not isinstance(landmarks, Tensor):
         if landmark_padding_mask is not None:
-            raise InvalidOptionError("landmark_padding_mask is for given landmarks, and only their number was given.")
+            raise InvalidOptionError(
+                "landmark_padding_mask is for given landmarks, and only their number was given: leave it out, or give "
+                "the landmarks."
+            )
         return queries, *average_landmarks(queries, landmarks, key_padding_mask=key_padding_mask), factor
     _check_landmarks(query, landmarks, landmark_padding_mask)
     points = widened(landmarks).to(queries.dtype)
@@ -206,10 +214,6 @@ def _mix(
         return inverse.solve(kernel, gathered)
     spread = kernel.sum(-1, keepdim=True).rsqrt()
     return spread * inverse.solve(kernel, spread * gathered)
-
-
-def _transformed(*tensors: Tensor) -> bool:
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def _landmark_kernel(points: Tensor, absent: Tensor | None, scale: float) -> Tensor:
@@ -248,7 +252,7 @@ def _check_landmarks(query: Tensor, landmarks: Tensor, mask: Tensor | None) -> N
     if not same or landmarks.shape[-1] != query.shape[-1] or landmarks.shape[-2] == 0:
         raise InvalidOptionError(
             f"landmarks have the shape {tuple(landmarks.shape)} and query has {tuple(query.shape)}: they may differ in "
-            "the number of points alone, [..., m, d] and [..., n, d], with m at least 1."
+            "the number of points alone, so give [..., m, d] for [..., n, d], with m at least 1."
         )
     _check_mask("landmark_padding_mask", mask, landmarks)
 
@@ -257,5 +261,7 @@ def _check_value(query: Tensor, value: Tensor) -> None:
     if value.shape[:-1] != query.shape[:-1] or not value.is_floating_point():
         raise InvalidOptionError(
             f"value is {value.dtype} of shape {tuple(value.shape)} and query has {tuple(query.shape)}: queries are the "
-            "keys, so that there is one value for each of them, [..., n, e]."
+            "keys, so give one value for each of them, floating point [..., n, e]."
         )
+    if (value.dtype == torch.float64) != (query.dtype == torch.float64):
+        raise InvalidOptionError(f"value is {value.dtype} and query is {query.dtype}: make both float64, or neither.")

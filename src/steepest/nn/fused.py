@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.linalg.gaussian import centre_of, evaluate, gaussian_kernel, pieces, through_distances
+from steepest.linalg.gaussian import centre_of, evaluate, gaussian_kernel, no_autocast, pieces, through_distances
 
-__all__ = ["Mix", "composed", "fused"]
+__all__ = ["Mix", "composed", "fused", "transformed"]
 
 # What happens to the values at the landmarks: points [..., m, d] and gathered values [..., m, e] to mixed values.
 Mix = Callable[[Tensor, Tensor], Tensor]
@@ -32,6 +32,12 @@ def composed(x: Tensor, y: Tensor, values: Tensor, mix: Mix, scale: float, drop:
     return kernel @ mix(y, drop(kernel).mT @ values)
 
 
+def transformed(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is within a transform of torch.func, or a batch of gradients for autograd.grad."""
+    tell = torch._C._functorch
+    return any(tell.is_functorch_wrapped_tensor(t) or tell.is_legacy_batchedtensor(t) for t in tensors)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, values: Tensor, mix: Mix, scale: float) -> Tensor:
@@ -43,18 +49,21 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        with torch.autocast(grad.device.type, enabled=False):  # as in the forward, wherever the backward is called
-            way = _differentiable_grads if torch.is_grad_enabled() else _grads
+        with no_autocast(grad.device):  # as in the forward, wherever the backward is called
+            way = _differentiable_grads if torch.is_grad_enabled() or transformed(grad) else _grads
             return *way(ctx.saved_tensors, ctx.mix, ctx.scale, grad), None, None
 
 
 def _differentiable_grads(
     saved: tuple[Tensor, ...], mix: Mix, scale: float, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with a graph of their own, for second derivatives: through the plain form."""
-    x, y, values = (t if t.requires_grad else t.detach().requires_grad_() for t in saved[:3])
-    out = composed(x, y, values, mix, scale, lambda kernel: kernel)
-    grad_x, grad_y, grad_values = torch.autograd.grad(out, (x, y, values), grad, create_graph=True)
+    """Gradients with a graph of their own, for second derivatives and batches of gradients: through the plain form."""
+    with torch.enable_grad():
+        # Views: the same tensor may be two of them, and landmarks may come from the queries.
+        x, y, values = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in saved[:3])
+        out = composed(x, y, values, mix, scale, lambda kernel: kernel)
+    create = torch.is_grad_enabled()
+    grad_x, grad_y, grad_values = torch.autograd.grad(out, (x, y, values), grad, create_graph=create)
     return grad_x, grad_y, grad_values
 
 

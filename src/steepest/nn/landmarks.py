@@ -8,13 +8,23 @@ from torch.nn import functional as F
 
 from steepest._validation import check_integer
 from steepest.errors import InvalidOptionError
+from steepest.linalg.gaussian import no_autocast
 
-__all__ = ["average_landmarks", "pad_to_multiple", "widened"]
+__all__ = ["average_landmarks", "check_size", "pad_to_multiple", "widened"]
 
 
 def widened(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
+
+
+def check_size(size: tuple[int, int] | None, count: int) -> None:
+    """Refuse the size of a map that is not one of so many tokens."""
+    if size is not None and (len(size) != 2 or min(size) < 1 or math.prod(size) != count):
+        raise InvalidOptionError(
+            f"size={tuple(size)} for {count} tokens: give the height and width of the map whose rows the tokens are, "
+            "with that product."
+        )
 
 
 def pad_to_multiple(maps: Tensor, stride: int) -> Tensor:
@@ -65,8 +75,7 @@ def average_landmarks(
     check_integer("num_landmarks", num_landmarks, low=1)
     tokens = widened(tokens)
     count = tokens.shape[-2]
-    if size is not None and math.prod(size) != count:
-        raise InvalidOptionError(f"size={tuple(size)} is a map of {math.prod(size)} tokens, and {count} were given.")
+    check_size(size, count)
     if size is None and key_padding_mask is None and num_landmarks <= count and count % num_landmarks == 0:
         return tokens.unflatten(-2, (num_landmarks, count // num_landmarks)).mean(-2), None
     if size is None:
@@ -78,7 +87,8 @@ def average_landmarks(
         weights = weights * ~key_padding_mask.unsqueeze(-1)
         tokens = tokens.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)  # they may hold anything, NaN included
     members = weights.sum(-2)
-    landmarks = weights.mT @ tokens / members.clamp(min=1.0).unsqueeze(-1)
+    with no_autocast(tokens.device):
+        landmarks = weights.mT @ tokens / members.clamp(min=1.0).unsqueeze(-1)
     return landmarks, None if key_padding_mask is None else members == 0
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from steepest._validation import check_choice, check_integer
 from steepest.errors import InvalidOptionError
 
-__all__ = ["Norm", "ResNet"]
+__all__ = ["Norm", "ResNet", "normalisation"]
 
 Norm = Literal["group", "batch"]
 
@@ -18,7 +18,8 @@ Norm = Literal["group", "batch"]
 _MOST_GROUPS, _LEAST_CHANNELS = 8, 4
 
 
-def _normalisation(norm: Norm, width: int) -> nn.Module:
+def normalisation(norm: Norm, width: int) -> nn.Module:
+    """The layer of this kind behind a convolution of so many channels."""
     if norm == "batch":
         return nn.BatchNorm2d(width)
     possible = range(1, min(_MOST_GROUPS, width // _LEAST_CHANNELS) + 1)
@@ -28,7 +29,7 @@ def _normalisation(norm: Norm, width: int) -> nn.Module:
 def _convolution(norm: Norm, before: int, after: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
     # No bias: the normalisation has one.
     conv = nn.Conv2d(before, after, size, stride=stride, padding=size // 2, bias=False)
-    return nn.Sequential(conv, _normalisation(norm, after))
+    return nn.Sequential(conv, normalisation(norm, after))
 
 
 class _Block(nn.Module):
