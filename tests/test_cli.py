@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,23 @@ def test_tuning_chooses_on_other_seeds_and_says_so(tmp_path: Path, capsys: Capsy
     assert {record.seed for record in RecordStore(tmp_path / "records").read_all()} == {0}
 
 
+def test_a_run_in_two_folders_counts_once(compared: Path, tmp_path: Path, capsys: Capsys) -> None:
+    copy = shutil.copytree(compared / "records", tmp_path / "copy")
+    assert run(["report", str(compared), str(copy), "--out", str(tmp_path / "r.html"), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "4 records of runs that are there more than once left out: each counts once\n"
+    (task,) = json.loads(shown.out)["tasks"]
+    assert [row["attempted"] for row in task["rows"]] == [2, 2]
+
+
+def test_how_options_were_chosen_is_told_of_those_whose_they_are(tmp_path: Path, capsys: Capsys) -> None:
+    small = ["compare", "diabetes", "-o", "sgd,adam", "--seeds", "1", "--epochs", "1", "--set", "sgd.momentum=0.5"]
+    assert run([*small, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("SGD: learning rates as stored") and line.endswith("momentum") for line in lines)
+    assert any(line.startswith("Adam: learning rates as stored") and "set by the user" not in line for line in lines)
+
+
 def test_selections_are_arms_beside_all_of_the_data(tmp_path: Path, capsys: Capsys) -> None:
     arms = ["--select", "none", "--select", "sage:0.2", "--select", "random:0.20:every=1"]
     small = ["compare", "digits", "-o", "adamw", "--seeds", "1", "--epochs", "2", "--tune", "1", "--out", str(tmp_path)]
@@ -127,6 +145,10 @@ def test_selections_are_arms_beside_all_of_the_data(tmp_path: Path, capsys: Caps
     assert {record.steps for record in records.values()} == {32}
     assert len({record.fingerprint for record in records.values()}) == 1
     assert len({record.options["lr"] for record in records.values()}) == 1
+    assert "\nlearning rate: best of 1 rate x 3 other seeds by validation loss on all of the data, in this" in shown.out
+    assert run(["report", str(tmp_path), "--json"]) == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]  # in the order of the comparison
+    assert [row["select"] for row in task["rows"]] == [None, "sage:0.2", "random:0.2:every=1"]
     trials = RecordStore(tmp_path / "tuning").read_all()
     assert [(record.select, record.seed) for record in trials] == [(None, seed) for seed in (1000, 1001, 1002)]
     assert run([*small, "--select", "sage:0.2", "--json"]) == 0  # by itself, from the records

@@ -225,7 +225,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_training(tmp_path: 
     (tmp_path / "file").write_text("")
     assert run([*QUICK, "-o", str(tmp_path / "file" / "subset.npz")]) == 2
     shown = capsys.readouterr().err
-    assert "cannot be written" in shown
+    assert "cannot be written (Not a directory)" in shown
     assert "epoch" not in shown
     assert run([*QUICK, "-o", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
@@ -299,6 +299,7 @@ def test_what_no_scorer_can_mend_is_told_before_it_is_trained(tmp_path: Path, ca
         (["digits", "--fraction", "0.1", "--set", "scope=('no_such',)"], "has no module 'no_such'"),
         (["diabetes", "--fraction", "0.3", "--set", "class_policy=balanced"], "no whole-number labels"),
         (["diabetes", "--fraction", "0.3", "--method", "kcenter", "--set", "class_policy=balanced"], "no whole-number"),
+        (["digits", "--fraction", "0.2", "--method", "kcenter", "--set", "max_memory=100000"], "for 1079 samples"),
         (["digits", "--fraction", "0.001", "--check", "1"], "fewer than a batch of the check has (64)"),
     ):
         assert run(["select", *arguments, *out_of(tmp_path)]) == 2, arguments
@@ -316,6 +317,11 @@ def interrupted_at(place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
 
     monkeypatch.setattr(SelectionDisplay, "told", stop)
+
+
+def test_a_choice_of_one_after_another_is_shown(tmp_path: Path, capsys: Capsys) -> None:
+    assert run([*QUICK, "--method", "kcenter", *out_of(tmp_path)]) == 0
+    assert "\nchoosing (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", [(0, 2), (1, 3)])

@@ -321,11 +321,17 @@ def test_of_many_rows_eight_have_colours() -> None:
 
 
 def test_labels_that_would_look_the_same_are_left_to_the_legend() -> None:
-    options = [{"learning_rate_of_all": rate} for rate in (1, 2)]
-    root = read_page(render_report([make_record(optimizer="sgd", options=chosen) for chosen in options]))
-    drawn = [text.text() for svg in root.all("svg") for text in svg.all("text")]
-    assert not any("…" in text for text in drawn)
-    assert "SGD learning_rate_of_all=2" in root.one("ul").text()
+    def drawn(options: list[dict[str, object]]) -> list[str]:
+        root = read_page(render_report([make_record(optimizer="sgd", options=chosen) for chosen in options]))
+        assert "SGD learning_rate_of_all=2" in root.one("ul").text()
+        return [text.text() for svg in root.all("svg") for text in svg.all("text")]
+
+    pairs = ((1, 3), (2, 3), (1, 4))  # the first two differ in their midst alone
+    alike = drawn([{"learning_rate_of_all": rate, "something_of_others": other} for rate, other in pairs])
+    assert not any("…" in text for text in alike)
+    cut = [text for text in drawn([{"learning_rate_of_all": rate} for rate in (1, 2)]) if "…" in text]
+    assert len(cut) == 4
+    assert len(set(cut)) == 2
 
 
 def test_a_page_is_written_whole_into_a_new_folder(tmp_path: Path) -> None:

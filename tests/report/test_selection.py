@@ -241,7 +241,7 @@ def test_wrong_labels_are_counted_and_marked() -> None:
     selected = pictures(wrong=wrong)
     assert wrong_words(selected) == (
         "20 % of the training labels are known to be wrong (12). Of these, 91.7 % were dropped: 1 is left, 10 % of "
-        "the subset. The method was not told which."
+        "the subset; chance would leave about 2. The method was not told which."
     )
     page = read_page(render_selection(selected))
     marks = [span for span in page.all("span") if span.attributes.get("class") == "wrong"]

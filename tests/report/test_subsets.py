@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from made import make_history, make_record
 from report.pages import check_harmless, read_page, table_named
 from steepest.commands.output import print_tables
 from steepest.report.goal import goal_of
-from steepest.report.groups import group, label_of, short_names
+from steepest.report.groups import group, label_of
 from steepest.report.html import render_report
 from steepest.report.live import run_line
 from steepest.report.measure import Goals
+from steepest.report.names import short_names
+from steepest.report.plot import save_plots
 from steepest.report.subsets import SELECTION_NOTE, subset_grid
 from steepest.report.summary import summarise
 from steepest.report.sweep import sweeps_of
@@ -185,3 +189,53 @@ def test_beside_the_lines_names_leave_out_what_all_selections_share() -> None:
     assert short_names(cell.rows) == ["sage 0.1", "sage 0.2"]
     (cell,) = group([run(None), run("sage:0.1")])
     assert short_names(cell.rows) == ["AdamW", "AdamW, sage 0.1"]
+
+
+LONG = (
+    None,
+    "sage:0.2",
+    "sage:0.2:rule=RandomAboveCut:every=1",
+    "sage:0.2:rule=Strata(tail_cut=0.3)",
+    "sage:0.2:rule=Strata(tail_cut=0.35)",
+    "gradmatch:0.2:every=1",
+)
+
+
+def test_long_names_are_said_in_fewer_words_and_stay_different() -> None:
+    (cell,) = group([run(select) for select in LONG])
+    assert short_names(cell.rows, 28, shared=True) == [
+        "AdamW",
+        "AdamW, sage 0.2",
+        "AdamW, sage 0.2 RandomAbove…",
+        "AdamW, sage 0.2 tail_cut=0.3",
+        "AdamW, sage 0…tail_cut=0.35",
+        "AdamW, gradmatch 0.2 every=1",
+    ]
+    assert short_names(cell.rows, 16) == [
+        "AdamW",
+        "sage",
+        "sage RandomAbov…",
+        "sage ta…_cut=0.3",
+        "sage ta…cut=0.35",
+        "gradmatch every…",
+    ]
+
+
+@pytest.mark.parametrize("length", [12, 16, 28])
+def test_no_two_lines_of_a_plot_bear_the_same_label(length: int) -> None:
+    (cell,) = group([run(select, optimizer=name) for name in ("sgd", "adamw") for select in LONG])
+    for shared in (False, True):
+        names = short_names(cell.rows, length, shared=shared)
+        assert len(set(names)) == 2 * len(LONG)
+        assert max(map(len, names)) <= length
+
+
+def test_the_labels_in_a_plot_of_long_selections_differ(tmp_path: Path) -> None:
+    records = [run(select, seed=seed) for select in LONG for seed in (0, 1)]
+    drawn = [text.text() for svg in read_page(render_report(records)).all("svg") for text in svg.all("text")]
+    labels = [text for text in drawn if "sage" in text or "gradmatch" in text]
+    assert len(labels) == 2 * 5  # against epochs and against seconds
+    assert len(set(labels)) == 5
+    (cell,) = group(records)
+    svg = next(path for path in save_plots(cell, tmp_path) if path.suffix == ".svg").read_text(encoding="utf-8")
+    assert "AdamW, sage 0.2 tail_cut=0.3" in svg

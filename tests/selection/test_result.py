@@ -163,6 +163,7 @@ def words(path: Path, **changes: Any) -> Any:
         ("foreign", "is no selection, it holds x"),
         ("zip", "is no selection"),
         ("pickled", "cannot be read as a selection"),
+        ("encrypted", "cannot be read as a selection .*encrypted"),
         ("newer", "has selection format 2, this steepest reads 1: read it with the version that wrote it"),
         ("no json", "cannot be read as a selection"),
         ("list", "has selection format 'list'"),
@@ -205,6 +206,11 @@ def test_files_that_are_no_selection_are_refused_by_name(damage: str, message: s
     elif damage == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme.txt", "nothing")
+    elif damage == "encrypted":
+        raw = bytearray(raw)
+        raw[6] |= 1  # the flag of the first entry, and again where the archive lists it
+        raw[raw.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(raw)
     elif damage == "flipped":
         place = raw.index(arrays["indices"].tobytes()) + 3
         path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
@@ -322,10 +328,16 @@ def test_batches_have_no_samples_by_position() -> None:
         selection.subset(batches)
 
 
-@pytest.mark.parametrize("path", ["", ".", "/"])
-def test_a_path_without_a_name_is_refused(path: str) -> None:
-    for use in (choose().save, st.Selection.load):
-        with pytest.raises(SelectionError, match="is a folder and names no file"):
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "a/..", "a\0b", b"a", None, 3])
+def test_what_is_the_path_of_no_file_is_refused(path: Any) -> None:
+    for name, use in (
+        ("path", choose().save),
+        ("path", st.Selection.load),
+        ("checkpoint", lambda path: choose(checkpoint=path)),
+    ):
+        if (name, path) == ("checkpoint", None):  # there, None is no checkpoint
+            continue
+        with pytest.raises(InvalidOptionError, match=f"^{name}=.* names no file: give the path of one"):
             use(path)
 
 

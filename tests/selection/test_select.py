@@ -1,5 +1,6 @@
 """select_subset: options, passes, what it refuses, and that it leaves everything as it was."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -119,7 +120,7 @@ def test_a_fraction_is_rounded_to_the_nearest_number(fraction: float, number: in
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has 3 entries and the data 50 samples"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"progress": 5}, "progress=5: give a function that takes a Progress"),
-        ({"checkpoint": 5}, "checkpoint=5: give the path of a file"),
+        ({"checkpoint": 5}, "checkpoint=5 names no file: give the path of one"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -239,6 +240,46 @@ def test_progress_tells_one_estimate_and_every_batch() -> None:
     assert seconds == sorted(seconds)
     assert selection.report.estimate == estimate
     assert selection.report.seconds >= seconds[-1]
+
+
+def test_the_estimate_weighs_passes_that_cost_unequally(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = ToyRun.update
+
+    def slow(self: ToyRun, number: int, rows: Rows) -> None:
+        time.sleep((0.02, 0.002)[number])
+        update(self, number, rows)
+
+    monkeypatch.setattr(ToyRun, "update", slow)
+    monkeypatch.setattr(ToyRun, "effort", lambda _self, number: (1.0, 0.1)[number])
+    report = choose(points(200)).report  # 25 batches: 0.5 s in the first pass, 0.05 in the second
+    assert report.estimate is not None
+    assert report.estimate.seconds is not None
+    assert 0.55 < report.estimate.seconds < 0.9
+
+
+def test_only_the_sketch_of_sage_costs_much() -> None:
+    for method, passes in ((st.SAGE(), 1), (st.SAGE(consensus="sketch"), 2), (st.SAGE(consensus="reference"), 2)):
+        run = method.begin()
+        assert [run.effort(number) for number in range(run.passes)] == [1.0] + [0.1] * passes
+
+
+@pytest.mark.parametrize("method", [st.Herding(), st.KCenter(), st.GradMatch(tolerance=0.0)])
+def test_a_choice_of_one_after_another_tells_how_far_it_is_and_can_be_ended(method: Any) -> None:
+    told: list[Progress] = []
+    whole = choose(points(300), method=method, fraction=0.5, progress=told.append)
+    steps = [step for step in told if step.kind == "pick"]
+    assert steps[0].batch < steps[-1].batch == 150
+    assert {step.batches for step in steps} == {150}
+    seconds = [step.seconds for step in told if step.kind != "estimate" and step.kind != "review"]
+    assert seconds == sorted(seconds)
+    assert steps[-1].seconds <= whole.report.seconds
+
+    def stop(step: Progress) -> None:
+        if step.kind == "pick":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        choose(points(300), method=method, fraction=0.5, progress=stop)
 
 
 def test_the_length_of_a_stream_is_unknown_in_its_estimate() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from steepest.errors import InvalidOptionError
 from steepest.selection import select as room
+from steepest.selection.features import FeatureRun
 from steepest.training.checkpoint import Keeping
 from steepest.training.compare import Request, plan_runs, resolve_options
 from steepest.training.convert import plain
@@ -32,6 +33,7 @@ from steepest.training.spec import RunSpec, package_version
 from steepest.training.steps import StepFunction
 from steepest.training.subsets import Subset
 from steepest.training.tune import TUNING_SEEDS, Choice, apply_choices, tuning_runs
+from steepest.training.tuned import TUNED, tuned_rates
 
 DIGITS = resolve(Source("digits"))
 # 16 steps in each of 3 epochs; a tenth is 108 of 1,079 samples.
@@ -194,9 +196,36 @@ def test_learning_rates_are_tuned_on_everything_once_for_all_selections() -> Non
     rates = {(spec.optimizer, spec.select): spec.options["lr"] for spec in tuned}
     assert rates["adamw", None] == rates["adamw", "sage:0.1"] == 0.07
     assert rates["sgd", None] == rates["sgd", "sage:0.1"] != 0.07
-    sources = {spec.select: spec.options_source for spec in tuned if spec.optimizer == "adamw"}
-    assert "on all of the data" in sources["sage:0.1"]
-    assert "on all of the data" not in sources[None]
+    # One sentence for all, and nothing of the stored rates, which no longer hold.
+    (words,) = {spec.options_source for spec in tuned if spec.optimizer == "adamw"}
+    assert words == (
+        "learning rate: best of 2 rates x 3 other seeds by validation loss on all of the data, in this comparison; "
+        "all else by default"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "rest"),
+    [
+        ("defaults, not tuned for this task", "; all else by default"),
+        (
+            "defaults, not tuned for this task; set by the user: momentum",
+            "; all else by default; set by the user: momentum",
+        ),
+        (tuned_rates(5), "; all else as the optimizers have it by default"),
+        (
+            TUNED,
+            "; Sven's rows and solver were chosen before that, in trials that the others did not get",
+        ),
+        ("as in the paper", "; all else: as in the paper"),
+    ],
+)
+def test_what_is_told_of_tuned_rates_keeps_only_what_still_holds(source: str, rest: str) -> None:
+    (tuned,) = apply_choices(
+        [replace(SPEC, select=None, options_source=source)], [Choice("digits", "adamw", 64, 0.07, 0.1, 6, 6)]
+    )
+    words = "learning rate: best of 2 rates x 3 other seeds by validation loss, in this comparison"
+    assert tuned.options_source == words + rest
 
 
 # Going on
@@ -229,6 +258,28 @@ def test_an_interrupted_selection_is_made_again(tmp_path: Path) -> None:
     assert (content["progress"]["epoch"], content["progress"]["batch"], content["progress"]["steps"]) == (2, 0, 16)
     assert content["subset"] is None
     assert content["progress"]["selections"] == []
+
+
+def test_a_run_can_be_stopped_in_the_midst_of_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    told = FeatureRun.telling
+
+    def listening(self: FeatureRun, before: int, total: int) -> Callable[[int], None]:
+        tell = told(self, before, total)
+
+        def step(done: int) -> None:
+            chosen.append(before + done)
+            tell(done)
+
+        return step
+
+    monkeypatch.setattr(FeatureRun, "telling", listening)
+    run = replace(SPEC, select="kcenter:0.1")
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, keeping=replace(keeping(tmp_path), stop=lambda: bool(chosen)))
+    assert chosen == [1]
+    resumed = execute(run, keeping=keeping(tmp_path))
+    assert numbers(resumed) == numbers(execute(run))
 
 
 def test_a_finished_selection_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +346,8 @@ def test_regressions_are_selected_from_without_labels() -> None:
         ("digits", "sage:0.2:scope=('no_such',)", "has no module 'no_such'"),
         ("diabetes", "sage:0.2:class_policy=balanced", "no whole-number labels"),
         ("diabetes", "el2n:0.2:class_policy=balanced", "no whole-number labels"),
+        ("digits", "kcenter:0.2:max_memory=100_000", "269.8 KiB for 1079 samples"),
+        ("digits", "gradmatch:0.9:max_memory=1_000_000:class_policy=global", "971 samples of one group"),
     ],
 )
 def test_a_selection_that_cannot_be_made_is_told_before_any_run(task: str, select: str, message: str) -> None:

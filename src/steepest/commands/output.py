@@ -8,13 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from steepest.errors import InvalidOptionError
-from steepest.report.groups import group
+from steepest.report.groups import group, label_of
 from steepest.report.measure import LOSS, Goals, check_metric
 from steepest.report.subsets import SELECTION_NOTE
-from steepest.report.summary import summarise
+from steepest.report.summary import TaskSummary, summarise
 from steepest.report.sweep import sweeps_of
 from steepest.report.sweep_table import print_sweep, sweep_json
 from steepest.report.table import print_task_table, summary_json
+from steepest.report.words import listing
 from steepest.training.errors import UnknownNameError, unknown
 from steepest.training.records import RunRecord
 
@@ -68,17 +69,29 @@ def print_tables(console: Console, records: Sequence[RunRecord], goals: Goals) -
     """
     for summary in summarise(records, goals):
         name = f"{summary.task} ({summary.variant})" if summary.variant else summary.task
-        sources = dict.fromkeys(part for row in summary.rows for part in row.options_source.split("; "))
         console.print()
         for note in summary.notes:
             console.print(note, soft_wrap=True)
-        print_task_table(console, summary, title=f"{name} - {summary.description}", caption="; ".join(sources))
+        print_task_table(console, summary, title=f"{name} - {summary.description}", caption=_sources(summary))
     console.print(_LEGEND, soft_wrap=True)
     if any(record.select is not None for record in records):
         console.print(SELECTION_NOTE, soft_wrap=True)
     for sweep in sweeps_of(group(records), goals):
         console.print()
         print_sweep(console, sweep)
+
+
+def _sources(summary: TaskSummary) -> str:
+    """How options were chosen: one sentence, or a line for each that is true of some optimizers only."""
+    pairs = {(row.optimizer, row.options_source) for row in summary.rows}
+    several = {name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1}
+    owners: dict[str, list[str]] = {}
+    for row in summary.rows:
+        name = row.label if row.optimizer in several else label_of(row.optimizer)
+        owners.setdefault(row.options_source, []).append(name)
+    if len(owners) == 1:
+        return next(iter(owners))
+    return "\n".join(f"{listing(list(dict.fromkeys(names)))}: {source}" for source, names in owners.items())
 
 
 def print_files(console: Console, files: Mapping[str, Path]) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from steepest.commands.output import goals_for, print_files, print_tables, result_json
 from steepest.report.html import write_report
+from steepest.report.words import count
 from steepest.training.errors import RecordError
 from steepest.training.records import RecordStore, RunRecord
 
@@ -37,7 +38,11 @@ def report(
         The exit code.
     """
     # The order of a comparison, so that its own report and this one list its optimizers alike.
-    records = sorted((record for folder in folders for record in _read(folder)), key=lambda record: record.started)
+    found = sorted((record for folder in folders for record in _read(folder)), key=lambda record: record.started)
+    records = _once(found)
+    if len(records) < len(found):
+        told = f"{count(len(found) - len(records), 'record')} of runs that are there more than once left out: "
+        Console(stderr=True, markup=False, highlight=False).print(f"{told}each counts once", soft_wrap=True)
     metrics = {record.task: [metric.name for metric in record.problem.metrics] for record in records}
     goals = goals_for(goal, goal_metric, metrics)
     path = out or folders[0] / "report.html"
@@ -50,6 +55,16 @@ def report(
         print_tables(console, records, goals)
         print_files(console, {"report": path})
     return 0
+
+
+def _once(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Each run once: copies would pass for other seeds. The newest that finished stays, or else the newest."""
+    best: dict[str, RunRecord] = {}
+    for record in records:
+        known = best.get(record.key)
+        if known is None or record.status == "finished" or known.status != "finished":
+            best[record.key] = record
+    return list(best.values())
 
 
 def _read(folder: Path) -> list[RunRecord]:

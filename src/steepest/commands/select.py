@@ -126,7 +126,8 @@ def _selected(job: _Job) -> Selected:
     model, about, epoch = None, Scorer("no model: this method looks at none"), None
     if needs_model:
         if job.settings.trains_scorer and not job.places.scorer.exists():
-            try_out(job.method, job.task, new_model(job.spec, job.task, job.splits), job.splits)
+            kept = job.settings.kept(len(job.splits.train))
+            try_out(job.method, job.task, new_model(job.spec, job.task, job.splits), job.splits, kept)
         scored = make_scorer(job.settings, job.spec, job.task, job.splits, job.places, job.errors)
         model, about, epoch = scored.model, scored.about, scored.epoch_seconds
     epoch = epoch or epoch_seconds(job.spec, job.task, job.splits)

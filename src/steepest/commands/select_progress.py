@@ -13,6 +13,8 @@ from steepest.selection.report import Estimate, Progress, in_seconds
 
 __all__ = ["SelectionDisplay", "estimate_line"]
 
+_WITHOUT_PASS = {"pick": "choosing", "review": "looking at what was kept"}
+
 
 def estimate_line(estimate: Estimate) -> str:
     """What a selection will cost.
@@ -73,17 +75,13 @@ class SelectionDisplay:
             self._print(estimate_line(progress.estimate))
         if progress.kind == "estimate":
             return
-        what = "looking at what was kept" if progress.kind == "review" else self._pass(progress)
+        what = _WITHOUT_PASS.get(progress.kind) or f"pass {progress.pass_number + 1} of {progress.passes}"
         if what != self._at:
             self._at = what
             self._bars.reset(self._bar, total=progress.batches, description=what, visible=True)
             if not self._console.is_terminal:
                 self._print(f"{what} ({in_seconds(progress.seconds)} so far)")
         self._bars.update(self._bar, completed=progress.batch, total=progress.batches)
-
-    @staticmethod
-    def _pass(progress: Progress) -> str:
-        return f"pass {progress.pass_number + 1} of {progress.passes}"
 
     def _print(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)

@@ -8,7 +8,7 @@ from steepest.errors import InvalidOptionError, OutputError
 from steepest.selection.arguments import Amount
 from steepest.selection.method import Method
 from steepest.training.compare import plan_runs
-from steepest.training.files import write_atomically
+from steepest.training.files import why, write_atomically
 from steepest.training.select_options import checked_options, get_method
 from steepest.training.settings import Settings
 from steepest.training.spec import RunSpec
@@ -222,10 +222,7 @@ class Places:
             write_atomically(probe, "can files be written here?\n")
             probe.unlink()
         except (OSError, OutputError) as error:
-            reason = error.__cause__ if isinstance(error, OutputError) else error
-            raise OutputError(
-                f"{self.subset} cannot be written ({getattr(reason, 'strerror', reason)}): name another file with -o"
-            ) from error
+            raise OutputError(f"{self.subset} cannot be written ({why(error)}): name another file with -o") from error
         if fresh:
             written = (self.page, self.subset, self.words)
             for path in (*written, self.checkpoint, self.scorer, self.scorer_checkpoint, self.check):

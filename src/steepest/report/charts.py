@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -10,9 +10,10 @@ from markupsafe import Markup
 
 from steepest.report.curves import Series, series_of
 from steepest.report.goal import Goal
-from steepest.report.groups import Cell, short_names
-from steepest.report.labels import label_ends, shortened
+from steepest.report.groups import Cell
+from steepest.report.labels import fitting, label_ends
 from steepest.report.measure import LOSS, Measure
+from steepest.report.names import short_names
 from steepest.report.plot import MOST_COLOURED, Against, draw_curves
 from steepest.report.style import PagePaint, page_style
 from steepest.report.svg import inline_svg
@@ -44,8 +45,8 @@ def room_for(labels: Sequence[str]) -> int:
         The longest length, and at most that of the longest label allowed; 0 where no labels are of use: for one
         line alone, and where cut labels would be the same.
     """
-    cut = {shortened(label, LONGEST_LABEL) for label in labels}
-    return max(map(len, cut)) if len(labels) > 1 and len(cut) == len(labels) else 0
+    cut = fitting(labels, LONGEST_LABEL)
+    return max(map(len, cut)) if len(labels) > 1 and len(set(cut)) == len(labels) else 0
 
 
 class Charts:
@@ -69,7 +70,7 @@ class Charts:
         return [figure for measure in measures for figure in self._both(cell, measure, goal)]
 
     def _both(self, cell: Cell, measure: Measure, goal: Goal | None) -> list[Figure]:
-        series, names = series_of(cell, measure), short_names(cell.rows)
+        series, names = series_of(cell, measure), short_names(cell.rows, LONGEST_LABEL)
         line = goal if goal is not None and goal.measure == measure else None
         what = f"Validation {cell.problem.loss if measure == LOSS else measure.label}"
         named: dict[Against, str] = {"epochs": "epochs", "seconds": "seconds of training"}
@@ -88,10 +89,7 @@ class Charts:
         words: str,
     ) -> Markup:
         # Beside the lines there is little room, and the legend has the whole of each name.
-        ends_of = [
-            replace(item, name=name, label=name + item.label.removeprefix(item.name))
-            for item, name in zip(series, names, strict=True)
-        ]
+        ends_of = [item.called(name) for item, name in zip(series, names, strict=True)]
         drawn = [item for item in ends_of if item.band is not None and item.rank < MOST_COLOURED]
         length = room_for([item.name for item in drawn])
         room = max(length, 0 if goal is None else len(f"goal {goal.text}"))

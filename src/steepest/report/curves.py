@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from steepest.report.groups import Cell, Row
@@ -60,6 +60,10 @@ class Series:
     band: Band | None
     lost: tuple[Lost, ...]
     rank: int
+
+    def called(self, name: str) -> "Series":
+        """The same by another name."""
+        return replace(self, name=name, label=name + self.label.removeprefix(self.name))
 
 
 def series_of(cell: Cell, measure: Measure = LOSS) -> list[Series]:

@@ -10,7 +10,7 @@ from steepest.training.records import Problem, RunRecord
 from steepest.training.registry import optimizers
 from steepest.training.select_text import selection_label
 
-__all__ = ["Cell", "Row", "Study", "group", "label_of", "short_names", "studies"]
+__all__ = ["Cell", "Row", "Study", "group", "label_of", "studies"]
 
 
 @dataclass(frozen=True)
@@ -127,29 +127,6 @@ def label_of(optimizer: str, select: str | None = None) -> str:
     entry = optimizers().get(optimizer)
     name = optimizer if entry is None else entry.label
     return name if select is None else f"{name}, {selection_label(select)}"
-
-
-def short_names(rows: Sequence[Row]) -> list[str]:
-    """Names of rows for places with little room: what all selections share is left out of them.
-
-    Args:
-        rows: Rows of one cell.
-
-    Returns:
-        A name for each; their labels, where shorter ones would not tell the rows apart.
-    """
-    selects = [row.select for row in rows if row.select is not None]
-    fractions = {select.split(":")[1] for select in selects if ":" in select}
-    alone = len({row.optimizer for row in rows}) == 1 and len(selects) > 1
-    names = []
-    for row in rows:
-        name = row.label
-        if row.select is not None and alone:
-            name = name.removeprefix(f"{label_of(row.optimizer)}, ")
-        if row.select is not None and len(selects) > 1 and len(fractions) == 1:
-            name = name.replace(f" {next(iter(fractions))}", "", 1)
-        names.append(name)
-    return names if len(set(names)) == len(names) else [row.label for row in rows]
 
 
 def group(records: Sequence[RunRecord]) -> list[Cell]:

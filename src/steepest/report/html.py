@@ -1,5 +1,6 @@
 """The report: one HTML file that needs nothing but itself."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def _lead(records: Sequence[RunRecord], cells: Sequence[Cell]) -> str:
     parts = [count(len(names), "optimizer") + settings, count(len(seeds), "seed"), count(len(records), "run")]
     ended = "all finished" if finished == len(records) else f"{finished:,} finished"
     newest = max(record.started for record in records)
-    when = newest.replace("T", " ").replace("+00:00", " UTC")
+    when = re.sub(r"\.\d+", "", newest).replace("T", " ").replace("+00:00", " UTC")
     if len(records) == 1:
         return f"1 run, {records[0].status.replace('_', ' ')}. It was started on {when}."
     return f"{', '.join(parts)}, {ended}. The newest run was started on {when}."

@@ -1,6 +1,7 @@
 """Labels at the ends of lines, in places where they do not lie on each other."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from steepest.report.curves import Band, Series
 from steepest.report.goal import Target
 from steepest.report.style import Paint
 
-__all__ = ["label_ends", "shortened", "spread_positions"]
+__all__ = ["fitting", "label_ends", "shortened", "spread_positions"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,38 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
+def fitting(names: Sequence[str], length: int) -> list[str]:
+    """Cut names that are too long, at their ends, or in their midst where they would look alike or lose digits.
+
+    Args:
+        names: The names.
+        length: Most characters.
+
+    Returns:
+        A name for each; some are alike where nothing of this tells them apart.
+
+    Example:
+        >>> fitting(["sage 0.2 tail_cut=0.3", "sage 0.2 tail_cut=0.4", "sage 0.2"], 12)
+        ['sage…ut=0.3', 'sage…ut=0.4', 'sage 0.2']
+    """
+    ends = [shortened(name, length) for name in names]
+    # A number that is cut would pass for another one.
+    alike = {cut for cut in ends if ends.count(cut) > 1 or re.search(r"[\d.]…$", cut)}
+    # The end is what tells selections apart: it gets half of the room, and more where that is not enough.
+    for tail in range(length // 2, length - 1):
+        cut = [
+            _without_midst(name, length, tail) if end in alike and len(name) > length else end
+            for name, end in zip(names, ends, strict=True)
+        ]
+        if len(set(cut)) == len(set(names)):
+            return cut
+    return ends
+
+
+def _without_midst(text: str, length: int, tail: int) -> str:
+    return f"{text[: length - 1 - tail].rstrip(' ,(')}…{text[-tail:].lstrip()}"
+
+
 def label_ends(
     figure: Any,
     axes: Any,
@@ -110,8 +143,8 @@ def label_ends(
         goal: What the line across the axes is named after.
     """
     ends = [
-        (_Label(_named(item, length), paint.text(item.look), paint.line(item.look)), *_end(item.band, against))
-        for item in series
+        (_Label(_named(item, cut, length), paint.text(item.look), paint.line(item.look)), *_end(item.band, against))
+        for item, cut in zip(series, fitting([item.name for item in series], length), strict=True)
         if item.band is not None and item.rank < most and math.isfinite(item.band.middle[-1])
     ]
     low, high = axes.get_ylim()
@@ -143,8 +176,8 @@ def label_ends(
         )
 
 
-def _named(item: Series, length: int) -> str:
-    return item.label if len(item.label) <= length else shortened(item.name, length)
+def _named(item: Series, cut: str, length: int) -> str:
+    return item.label if len(item.label) <= length else cut
 
 
 def _end(band: Band, against: str) -> tuple[float, float]:

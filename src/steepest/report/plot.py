@@ -15,6 +15,7 @@ from steepest.report.goal import Goal
 from steepest.report.groups import Cell
 from steepest.report.labels import label_ends
 from steepest.report.measure import LOSS, Measure
+from steepest.report.names import short_names
 from steepest.report.style import FilePaint, Paint, file_style
 from steepest.training.files import write_atomically
 
@@ -137,7 +138,8 @@ def save_plots(cell: Cell, folder: Path, *, goal: Goal | None = None, subtitle: 
 def _save_curves(cell: Cell, place: Path, goal: Goal | None, subtitle: str) -> list[Path]:
     measure, value = (LOSS, None) if goal is None else (goal.measure, goal.value)
     what = f"validation {cell.problem.loss}" if measure == LOSS else measure.words
-    series = series_of(cell, measure)
+    names = short_names(cell.rows, _LONGEST_LABEL, shared=True)
+    series = [item.called(name) for item, name in zip(series_of(cell, measure), names, strict=True)]
     longest = longest_label([item.label for item in series[:MOST_COLOURED]] + ([f"goal {goal.text}"] if goal else []))
     under = subtitle and f"median and range of {subtitle}"
     with file_axes(f"{cell.title}: {what}", under, longest) as (figure, axes):

@@ -230,8 +230,9 @@ def wrong_words(selected: Selected) -> str:
     found = selected.selection.wrong_dropped(selected.wrong)
     verb = "is" if found["wrong_kept"] == 1 else "are"
     left = f"{found['wrong_kept']:,.0f} {verb} left, {percent(found['share_kept'])} of the subset"
+    by_chance = found["wrong"] * selected.selection.fraction
     return (
         f"{percent(found['share'])} of the training labels are known to be wrong ({found['wrong']:,.0f}). Of these, "
-        f"{percent(found['dropped'])} were dropped: {left if found['wrong_kept'] else 'none is left'}. The method was "
-        "not told which."
+        f"{percent(found['dropped'])} were dropped: {left if found['wrong_kept'] else 'none is left'}; chance would "
+        f"leave about {by_chance:,.0f}. The method was not told which."
     )

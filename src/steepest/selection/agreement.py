@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the options know how to begin a run
 __all__ = ["SageRun"]
 
 ROUNDING = torch.finfo(torch.float32).eps ** 2  # of a squared norm: rows that are nothing else have no rank
+# Projecting a batch over sketching it: 0.07 to 0.17 on MLPs and CNNs, last layer and all layers.
+PROJECTING = 0.1
 # Tensors and plain values, saved as they are.
 PLAIN = ("sketch", "sums", "counts", "consensus", "by_class", "sizes", "zeros", "scores", "projections", "numbers")
 
@@ -60,6 +62,10 @@ class SageRun(Run):
     def reads(self, number: int) -> Literal["data", "reference"]:
         """The reference set between the sketch and the scores, if there is one; else the data."""
         return "reference" if number == 1 and self._method.consensus == "reference" else "data"
+
+    def effort(self, number: int) -> float:
+        """The sketch is what costs."""
+        return 1.0 if self._steps[number] == "sketch" else PROJECTING
 
     def update(self, number: int, rows: Rows) -> None:
         """Take the next batch of a pass."""

@@ -1,7 +1,6 @@
 """What `select_subset` is given, checked: how many, by which method, of which data, with which model."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from steepest._validation import check_integer, check_real
 from steepest.errors import InvalidOptionError
+from steepest.selection.checks import check_path
 from steepest.selection.method import Method, Run
 from steepest.selection.passes import Role
 from steepest.selection.sage import SAGE
@@ -98,8 +98,8 @@ def check_callers(progress: Any, checkpoint: Any) -> None:
     """
     if progress is not None and not callable(progress):
         raise InvalidOptionError(f"progress={progress!r}: give a function that takes a Progress, or None.")
-    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
-        raise InvalidOptionError(f"checkpoint={checkpoint!r}: give the path of a file, or None.")
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
 
 
 def roles(run: Run, method: Method, data: Samples, reference: Any, batch_size: int | None) -> dict[Role, Samples]:

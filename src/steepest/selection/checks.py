@@ -1,6 +1,8 @@
-"""What a model, its loss and its scope must be for a selection: one clear message each."""
+"""What a model, its loss, its scope and a path must be for a selection: one clear message each."""
 
+import os
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from steepest.errors import InvalidOptionError, NonFiniteError, UnsupportedModelError
 from steepest.selection.content import Batch
 
-__all__ = ["check_losses", "check_model", "check_rows", "described", "scope_names"]
+__all__ = ["check_losses", "check_model", "check_path", "check_rows", "described", "scope_names"]
 
 _FLOAT32 = "gradients are compared in float32 at least. Pass a converted copy, copy.deepcopy(model).float()."
 
@@ -49,6 +51,25 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} has no parameters, so there are no gradients to choose by: pass the model that is "
             "to be trained."
         )
+
+
+def check_path(name: str, path: Any) -> Path:
+    """Refuse what can be the path of no file.
+
+    Args:
+        name: What it is the path of, for the message.
+        path: What the user gave.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidOptionError: If it is no path, holds a null character, or names a folder by its very form.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or "\0" in text or Path(text).name in {"", ".."}:
+        raise InvalidOptionError(f"{name}={path!r} names no file: give the path of one, such as 'subset.npz'.")
+    return Path(text)
 
 
 def check_losses(loss_fn: Any, batch_losses: Any) -> None:

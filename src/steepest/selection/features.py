@@ -14,11 +14,11 @@ from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ClassPolicy, groups, quotas, settled
 from steepest.selection.table import Table
 
-__all__ = ["DEFAULT_MEMORY", "FeatureRun", "TableRun", "layer_inputs", "rescale_"]
+__all__ = ["DEFAULT_MEMORY", "FeatureRun", "TableRun", "layer_inputs", "rescale_", "unheard"]
 
 DEFAULT_MEMORY = 1 << 30
 
-Greedy = Callable[[Tensor, int], tuple[Tensor, float]]
+Greedy = Callable[[Tensor, int, Callable[[int], None]], tuple[Tensor, float]]
 
 
 class TableRun(Run):
@@ -97,8 +97,8 @@ class FeatureRun(TableRun):
         method: Name of the class of the method, for messages.
         class_policy: Class policy.
         max_memory: Bytes that the features may take.
-        greedy: From features ``[n, H]``, which it may overwrite, and k: positions ``[k]`` in order of choice, and a
-            number that tells how good they are.
+        greedy: From features ``[n, H]``, which it may overwrite, k, and what it calls with how many it has: positions
+            ``[k]`` in order of choice, and a number that tells how good they are.
         measure: Name of that number; the report gets the largest over groups.
     """
 
@@ -124,9 +124,10 @@ class FeatureRun(TableRun):
             The choice. Scores: of the k samples of a group the first has k, the last 1, and all not chosen 0.
         """
         scores = torch.zeros(self.table.num_rows, dtype=torch.float32, device="cpu")
-        worst = 0.0
+        worst, taken = 0.0, 0
         for members, quota in self.shares(count, labels):
-            order, measured = self._greedy(self.table.gather(members), quota)
+            order, measured = self._greedy(self.table.gather(members), quota, self.telling(taken, count))
+            taken += quota
             scores[members[order]] = torch.arange(quota, 0, -1, dtype=torch.float32, device="cpu")
             worst = max(worst, measured)
         weights = torch.ones(count, dtype=torch.float32, device="cpu")
@@ -159,3 +160,7 @@ def rescale_(matrix: Tensor) -> int:
     exponent = math.frexp(float(matrix.abs().max()))[1]
     torch.ldexp(matrix, torch.tensor(-exponent, device=matrix.device), out=matrix)
     return exponent
+
+
+def unheard(done: int) -> None:
+    """What a greedy choice calls where nobody wants to know how many samples it has."""

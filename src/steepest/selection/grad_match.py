@@ -1,6 +1,6 @@
 """GradMatch: weighted samples whose gradients add up to the mean gradient of all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from steepest.errors import InvalidOptionError
 from steepest.selection.features import DEFAULT_MEMORY, TableRun
 from steepest.selection.method import Method, Picked, Rows, Scope
 from steepest.selection.pursuit import pursue
-from steepest.selection.quotas import ALL, ClassPolicy, check_policy
+from steepest.selection.quotas import ALL, ClassPolicy, check_policy, quotas
 from steepest.selection.rules import seeded
 
 __all__ = ["GradMatch"]
@@ -96,6 +96,24 @@ class _GradMatchRun(TableRun):
         self._num_inputs, self._positions = inputs.shape[2], max(self._positions, inputs.shape[1])
         return torch.cat([inputs.mean(1), errors.sum(1)], 1)
 
+    def afford(self, count: int, labels: Tensor | None) -> None:
+        """Refuse a choice for which memory does not suffice.
+
+        Args:
+            count: How many samples.
+            labels: ``[N]`` or None.
+
+        Raises:
+            InvalidOptionError: If a group's Cholesky factor would not fit into the memory allowed.
+        """
+        largest = max(quotas(labels, count, self._method.class_policy).values())
+        if 8 * largest**2 > self._method.max_memory:
+            raise InvalidOptionError(
+                f"GradMatch would choose {largest} samples of one group, and its Cholesky factor takes "
+                f"{8 * largest**2} bytes where max_memory={self._method.max_memory}: divide the samples by class "
+                '(class_policy="balanced", with labels), keep fewer, or raise max_memory.'
+            )
+
     @caller_independent
     def pick(self, count: int, labels: Tensor | None) -> Picked:
         """Match the mean of every group.
@@ -106,24 +124,15 @@ class _GradMatchRun(TableRun):
 
         Returns:
             The choice.
-
-        Raises:
-            InvalidOptionError: If a group's Cholesky factor would not fit into the memory allowed.
         """
-        shares = self.shares(count, labels)
-        largest = max(quota for _, quota in shares)
-        if 8 * largest**2 > self._method.max_memory:
-            raise InvalidOptionError(
-                f"GradMatch would choose {largest} samples of one group, and its Cholesky factor takes "
-                f"{8 * largest**2} bytes where max_memory={self._method.max_memory}: divide the samples by class "
-                '(class_policy="balanced", with labels), keep fewer, or raise max_memory.'
-            )
+        self.afford(count, labels)
         scores = torch.zeros(self.table.num_rows, dtype=torch.float32, device="cpu")
         weights = torch.zeros(self.table.num_rows, dtype=torch.float64, device="cpu")
         numbers = {"residual": 0.0, "matched": 0.0, "at_random": 0.0, "dropped": 0.0}
         generator = seeded(self._method.seed, ALL)
-        for members, quota in shares:
-            self._match(members, quota, generator, scores, weights, numbers)
+        for members, quota in self.shares(count, labels):
+            told = self.telling(int(numbers["matched"] + numbers["at_random"]), count)
+            self._match(members, quota, generator, scores, weights, numbers, told)
         chosen = weights.nonzero().squeeze(1)
         kept = weights[chosen]
         return Picked(chosen, scores, (kept / kept.mean()).float(), self._notes(numbers), numbers)
@@ -136,12 +145,18 @@ class _GradMatchRun(TableRun):
         scores: Tensor,
         weights: Tensor,
         numbers: dict[str, float],
+        told: Callable[[int], None],
     ) -> None:
         """Choose in one group, and write down what was found."""
         inputs, errors = self.table.gather(members).tensor_split([self._num_inputs], dim=1)
         whole = quota == len(members)  # equal weights match the mean
         found = pursue(
-            inputs, errors, 0 if whole else quota, ridge=self._method.ridge, tolerance=self._method.tolerance
+            inputs,
+            errors,
+            0 if whole else quota,
+            ridge=self._method.ridge,
+            tolerance=self._method.tolerance,
+            told=told,
         )
         share = torch.zeros(len(members), dtype=torch.float64, device="cpu")
         if len(found.chosen):

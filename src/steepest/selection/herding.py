@@ -1,6 +1,7 @@
 """Herding: samples whose running mean follows the mean of all features."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from steepest._validation import check_integer
 from steepest.linalg.factors import exact_dtype
-from steepest.selection.features import DEFAULT_MEMORY, FeatureRun, rescale_
+from steepest.selection.features import DEFAULT_MEMORY, FeatureRun, rescale_, unheard
 from steepest.selection.method import Method, Scope
 from steepest.selection.quotas import ClassPolicy, check_policy
 
@@ -57,12 +58,13 @@ class Herding(Method):
         return FeatureRun(type(self).__name__, self.class_policy, self.max_memory, greedy=herd, measure="mean_distance")
 
 
-def herd(features: Tensor, count: int) -> tuple[Tensor, float]:
+def herd(features: Tensor, count: int, told: Callable[[int], None] = unheard) -> tuple[Tensor, float]:
     """Take ``count`` samples whose mean follows the mean of all.
 
     Args:
         features: ``[n, H]``; overwritten.
         count: At most n.
+        told: Called with how many are taken.
 
     Returns:
         Positions ``[count]`` in order of choice, and the distance of their mean from the mean of all over the root
@@ -85,4 +87,5 @@ def herd(features: Tensor, count: int) -> tuple[Tensor, float]:
         order[step] = best
         squares[best] = math.inf
         drift += features[best] - rest
+        told(step + 1)
     return order, float(drift.norm()) / count / spread if spread else 0.0

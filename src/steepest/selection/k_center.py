@@ -1,5 +1,6 @@
 """k-center: samples that leave no other one far from all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest._validation import check_integer
-from steepest.selection.features import DEFAULT_MEMORY, FeatureRun, rescale_
+from steepest.selection.features import DEFAULT_MEMORY, FeatureRun, rescale_, unheard
 from steepest.selection.method import Method, Scope
 from steepest.selection.quotas import ClassPolicy, check_policy
 
@@ -57,12 +58,13 @@ class KCenter(Method):
         )
 
 
-def farthest_points(features: Tensor, count: int) -> tuple[Tensor, float]:
+def farthest_points(features: Tensor, count: int, told: Callable[[int], None] = unheard) -> tuple[Tensor, float]:
     """Take ``count`` samples, each the farthest from those before it.
 
     Args:
         features: ``[n, H]``; overwritten.
         count: At most n.
+        told: Called with how many are taken.
 
     Returns:
         Positions ``[count]`` in order of choice, and the radius.
@@ -77,6 +79,7 @@ def farthest_points(features: Tensor, count: int) -> tuple[Tensor, float]:
         torch.minimum(nearest, _distances(features, features[best]), out=nearest)
         nearest[best] = -1  # below every distance: those that equal it come before it is taken twice
         best = int(nearest.argmax())
+        told(step + 1)
     return order, max(0.0, float(nearest[best])) * 2.0**exponent
 
 

@@ -1,7 +1,7 @@
 """What a selection method is: passes over per-sample rows in the data's own order, then a choice."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -53,14 +53,21 @@ class Picked:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+def _silent(done: int, total: int) -> None:
+    """What a run tells where nobody listens."""
+
+
 class Run(ABC):
     """One selection under way. All that it has learnt is in its state, so that it can be interrupted and go on.
 
     Attributes:
         passes: How many times it goes through the data.
+        tell: For a choice that takes one sample after another to call with how many it has and how many it takes;
+            whoever drives the run sets it, to show that or to end the choice by an error.
     """
 
     passes: int
+    tell: Callable[[int, int], None] = staticmethod(_silent)
 
     @abstractmethod
     def update(self, number: int, rows: Rows) -> None:
@@ -73,6 +80,15 @@ class Run(ABC):
         """What pass ``number`` goes through: the data to choose from, or the reference set."""
         del number
         return "data"
+
+    def effort(self, number: int) -> float:
+        """What `update` costs in pass ``number`` over what it costs in the first: above 0, for the estimate alone."""
+        del number
+        return 1.0
+
+    def telling(self, before: int, total: int) -> Callable[[int], None]:
+        """Return what a choice in one group calls with how many it has there, after ``before`` in other groups."""
+        return lambda done: self.tell(before + done, total)
 
     @abstractmethod
     def pick(self, count: int, labels: Tensor | None) -> Picked:

@@ -1,6 +1,6 @@
 """Passes of a method over the data: fingerprints, progress, the estimate, and a state to be interrupted in."""
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steepest.errors import InvalidOptionError, SelectionError
 from steepest.selection.column import Column
+from steepest.selection.estimate import FirstBatches
 from steepest.selection.method import Run
 from steepest.selection.report import Estimate, Progress
 from steepest.selection.samples import Batch, Samples, fold
@@ -17,7 +18,7 @@ from steepest.selection.scan import FixedModel
 
 __all__ = ["Passes", "Role"]
 
-_TIMED = 4  # batches after which the estimate is made; the first one is left out, it warms up
+_TOLD = 0.1  # seconds from one word on a choice to the next: its steps are many and short
 
 Role = Literal["data", "reference"]
 
@@ -49,7 +50,8 @@ class Passes:
         self.whole = True
         self.seconds = 0.0
         self.estimate: Estimate | None = None
-        self._times: list[float] = []
+        self._first = FirstBatches(run, samples)
+        self._told = -math.inf
         self._number = self._batch = self._seen = 0
         self._digest = b""
         self._digests: dict[str, bytes] = {}  # of finished passes, by role
@@ -94,7 +96,7 @@ class Passes:
         digest = fold(self._digest, batch)
         self.whole = False
         if rows is not None:
-            self._run.update(self._number, rows)
+            self._first.update(self._number, rows)
         if not self._batch and role not in self._firsts:
             self._firsts[role] = digest
             if rows is not None and role == "data":
@@ -111,22 +113,10 @@ class Passes:
     def _clock(self, mark: float) -> float:
         now = time.monotonic()
         self.seconds += now - mark
-        if len(self._times) < _TIMED:
-            self._times.append(now - mark)
-            batches = self._samples["data"].num_batches
-            if len(self._times) == min(_TIMED, max(2, batches or _TIMED)):
-                self._foretell()
+        if self._first.add(now - mark):
+            self.estimate = self._first.estimate()
+            self._tell("estimate", self.estimate.seconds or 0.0)
         return now
-
-    def _foretell(self) -> None:
-        each = statistics.median(self._times[1:])
-        roles = [self._run.reads(number) for number in range(self._run.passes)] or ["data"]
-        batches = [self._samples[role].num_batches for role in roles]
-        known = [number for number in batches if number is not None]
-        seconds = each * sum(known) if len(known) == len(batches) else None
-        needed = getattr(self._run, "nbytes", None)
-        self.estimate = Estimate(self._samples["data"].num_samples, self._run.passes, seconds, needed)
-        self._tell("estimate", seconds or 0.0)
 
     def _tell(self, kind: Literal["estimate", "batch"] = "batch", seconds: float | None = None) -> None:
         if self._progress is None:
@@ -134,6 +124,21 @@ class Passes:
         batches = self._samples[self._role()].num_batches
         spent = self.seconds if seconds is None else seconds
         self._progress(Progress(kind, self._number, self._total, self._batch, batches, spent, self.estimate))
+
+    def tell_pick(self, chosen: int, count: int, seconds: float) -> None:
+        """Tell how far the choice is, now and then.
+
+        Args:
+            chosen: Samples chosen.
+            count: Samples to choose.
+            seconds: Spent on the choice.
+        """
+        now = time.monotonic()
+        if self._progress is None or (chosen < count and now - self._told < _TOLD):
+            return
+        self._told = now
+        spent = self.seconds + seconds
+        self._progress(Progress("pick", self._total, self._total, chosen, count, spent, self.estimate))
 
     def tell_review(self, batch: int, batches: int | None, seconds: float) -> None:
         """Tell how far the look at the kept samples is.

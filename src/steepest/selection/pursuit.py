@@ -1,13 +1,14 @@
 """Orthogonal matching pursuit with weights that are never negative, on gradients that are outer products."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steepest.linalg.factors import exact_dtype
-from steepest.selection.features import rescale_
+from steepest.selection.features import rescale_, unheard
 
 __all__ = ["GrowingCholesky", "Matched", "pursue"]
 
@@ -190,7 +191,15 @@ class _Pursuit:
             rows[at : size - 1] = rows[at + 1 : size].clone()
 
 
-def pursue(inputs: Tensor, errors: Tensor, count: int, *, ridge: float = 0.5, tolerance: float = 1e-4) -> Matched:
+def pursue(
+    inputs: Tensor,
+    errors: Tensor,
+    count: int,
+    *,
+    ridge: float = 0.5,
+    tolerance: float = 1e-4,
+    told: Callable[[int], None] = unheard,
+) -> Matched:
     r"""Match the mean of columns :math:`g_i = \mathrm{vec}(e_i x_i^T)` by a few of them with weights.
 
     Each step takes the column with the largest inner product with the residual
@@ -208,6 +217,7 @@ def pursue(inputs: Tensor, errors: Tensor, count: int, *, ridge: float = 0.5, to
         count: Most columns to take.
         ridge: Factor of the penalty, relative to the columns' mean square.
         tolerance: Residual, relative to the target, at which the match is good enough.
+        told: Called with how many are taken.
 
     Returns:
         The match; empty where the mean is zero.
@@ -229,6 +239,7 @@ def pursue(inputs: Tensor, errors: Tensor, count: int, *, ridge: float = 0.5, to
         if state.add(best):
             state.refit()
             left = float(state.residual().norm())
+        told(len(state.chosen))
     chosen = torch.tensor(state.chosen, dtype=torch.int64, device="cpu")
     scale = 2.0**state.exponent  # of the columns; weights and relative residuals do not depend on it
     return Matched(chosen, state.weights, left / whole if whole else 0.0, projections * scale, state.dropped)

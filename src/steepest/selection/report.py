@@ -17,7 +17,8 @@ class Estimate:
     Args:
         samples: Number of samples; None where it is not known before the data have been gone through.
         passes: Passes over the data.
-        seconds: Of all passes, from the median of the first batches; None where the number of samples is not known.
+        seconds: Of all passes, from the median of the first batches and what the method says of the passes to come;
+            a choice that takes long comes on top. None where the number of samples is not known.
         bytes: Memory that the method says it needs beside the model and one batch; None where it does not say.
     """
 
@@ -32,18 +33,18 @@ class Progress:
     """Where a selection is, as ``progress`` of `select_subset` is told.
 
     Args:
-        kind: "estimate" once, after the first batches; "batch" after every batch; "review" after every batch of
-            the look at what was kept.
+        kind: "estimate" once, after the first batches; "batch" after every batch; "pick" now and then in a choice that
+            takes long; "review" after every batch of the look at what was kept.
         pass_number: The pass, counted from 0.
         passes: How many there are.
-        batch: Batches of this pass that are done.
-        batches: Batches of this pass; None where their number is not known.
+        batch: Batches of this pass that are done; of a pick, samples that are chosen.
+        batches: Batches of this pass, None where their number is not known; of a pick, samples to choose.
         seconds: Spent so far, the time before an interruption included; of an estimate, those of all passes
             (0 where it is not known).
         estimate: What the selection will cost; None as long as it is not known.
     """
 
-    kind: Literal["estimate", "batch", "review"]
+    kind: Literal["estimate", "batch", "pick", "review"]
     pass_number: int
     passes: int
     batch: int

@@ -131,7 +131,7 @@ class Selection:
         about = {
             name: getattr(self, name) for name in ("method", "options", "num_samples", "fingerprint", "model_hash")
         }
-        return write_selection(Path(path), arrays, about, self.report)
+        return write_selection(path, arrays, about, self.report)
 
     @classmethod
     def load(cls, path: str | Path, data: Any = None) -> "Selection":
@@ -146,7 +146,7 @@ class Selection:
             The selection.
         """
         with torch.inference_mode(False):
-            arrays, about, report = read_selection(Path(path))
+            arrays, about, report = read_selection(path)
         selection = cls(**arrays, **about, report=report)
         if data is not None:
             selection.check(data)

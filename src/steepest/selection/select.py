@@ -66,7 +66,8 @@ def select_subset(
         reference: Data of the same kind that some methods compare with, such as a validation set.
         batch_size: Samples per batch where the data do not say; 256 by default.
         device: Where to compute, if not where the model is; the model is moved there and back.
-        progress: Called with a `Progress` after every batch, and once with an estimate of time and memory.
+        progress: Called with a `Progress` after every batch, now and then in a choice that takes long, and once with
+            an estimate of time and memory.
         checkpoint: File that keeps the state, so that the same call continues after an interruption, bit for bit.
             ``fraction`` and ``count`` may change. It is removed when the selection is done.
         checkpoint_every: Seconds between two writes of it; Ctrl-C writes it too.
@@ -170,6 +171,7 @@ def _picked(passes: Passes, run: Run, method: Method, amount: Amount) -> Picked:
     began = time.monotonic()
     number = passes.num_samples or 0
     count = amount.of(number)
+    run.tell = lambda done, total: passes.tell_pick(done, total, time.monotonic() - began)
     picked = run.pick(count, passes.labels)
     indices = picked.indices
     right = len(indices) == count == len(picked.weights) and bool((indices.diff() > 0).all())

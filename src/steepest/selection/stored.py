@@ -17,13 +17,24 @@ from torch import Tensor
 from steepest._files import write_atomically
 from steepest._versions import package_version
 from steepest.errors import SelectionError
+from steepest.selection.checks import check_path
 from steepest.selection.report import Estimate, SelectionReport
 
 __all__ = ["plain", "read_selection", "write_selection"]
 
 _FORMAT = 1
 _DTYPES = {"indices": torch.int64, "scores": torch.float32, "weights": torch.float32, "labels": torch.int64}
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, NotImplementedError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RuntimeError,  # of zipfile: encrypted, or packed by another method
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _OPTIONAL = ("scores", "labels")
 _ABOUT = {"method": str, "options": dict, "num_samples": int, "fingerprint": str, "model_hash": str}
 
@@ -54,12 +65,12 @@ def plain(value: Any) -> Any:
 
 
 def write_selection(
-    path: Path, arrays: Mapping[str, Tensor | None], about: Mapping[str, Any], report: SelectionReport
+    path: Any, arrays: Mapping[str, Tensor | None], about: Mapping[str, Any], report: SelectionReport
 ) -> Path:
     """Write both files, each of them atomically.
 
     Args:
-        path: With or without suffix.
+        path: With or without suffix, as the user gave it.
         arrays: indices, scores, weights, labels.
         about: Method, options, hashes.
         report: The report.
@@ -89,11 +100,11 @@ def write_selection(
     return npz
 
 
-def read_selection(path: Path) -> tuple[dict[str, Any], dict[str, Any], SelectionReport]:
+def read_selection(path: Any) -> tuple[dict[str, Any], dict[str, Any], SelectionReport]:
     """Read the NPZ file and check it.
 
     Args:
-        path: With or without suffix.
+        path: With or without suffix, as the user gave it.
 
     Returns:
         Arrays, what is known about them, report.
@@ -124,17 +135,9 @@ def read_selection(path: Path) -> tuple[dict[str, Any], dict[str, Any], Selectio
             arrays = {name: _array(file, name) for name in _DTYPES}
     except FileNotFoundError as error:
         raise SelectionError(f"{npz} does not exist: {remedy}.") from error
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    except _UNREADABLE as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or " ".join(str(error).split())[:160] or type(error).__name__
         raise SelectionError(f"{npz} cannot be read as a selection ({reason}): {remedy}.") from error
     if (problem := _problem(arrays, about)) is not None:
         raise SelectionError(f"{npz} is no usable selection, {problem}: {remedy}.")
@@ -145,11 +148,8 @@ def read_selection(path: Path) -> tuple[dict[str, Any], dict[str, Any], Selectio
     return arrays, {name: about[name] for name in _ABOUT}, report
 
 
-def _paths(path: Path) -> tuple[Path, Path]:
-    if not path.name:
-        raise SelectionError(
-            f"{str(path)!r} is a folder and names no file: give a name within it, such as 'selection'."
-        )
+def _paths(path: Any) -> tuple[Path, Path]:
+    path = check_path("path", path)
     stem = path.name.removesuffix(".npz").removesuffix(".json")
     return path.with_name(f"{stem}.npz"), path.with_name(f"{stem}.json")
 

@@ -19,6 +19,7 @@ from steepest.training.selections import SelectionPlan
 from steepest.training.source import Source, fingerprinted, resolve
 from steepest.training.spec import RunSpec, Schedule
 from steepest.training.task import Task
+from steepest.training.tuned import NOT_TUNED
 
 __all__ = ["BatchSize", "Listener", "Request", "options_source", "plan_runs", "resolve_options", "run_all"]
 
@@ -115,7 +116,7 @@ def options_source(task: Task, entry: OptimizerEntry, given: Mapping[str, object
     """
     stored = task.options_source if entry.name in task.options else None
     chosen = f"set by the user: {', '.join(given)}" if given else None
-    return "; ".join(part for part in (stored or "defaults, not tuned for this task", chosen) if part)
+    return "; ".join(part for part in (stored or NOT_TUNED, chosen) if part)
 
 
 def plan_runs(request: Request) -> list[RunSpec]:
@@ -198,7 +199,7 @@ def _plan_task(
 
 def _try_selection(plan: SelectionPlan, task: Task, model: nn.Module, splits: Splits) -> None:
     try:
-        try_out(plan.method(), task, model, splits)
+        try_out(plan.method(), task, model, splits, plan.kept(len(splits.train)))
     except SteepestError as error:
         raise InvalidOptionError(f"selection {plan.text} cannot be made on {task.name}: {error}") from error
 

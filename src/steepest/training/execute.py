@@ -52,7 +52,7 @@ class Outcome:
 
     status: Status = "failed"
     error: str | None = None
-    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     history: list[EpochPoint] = field(default_factory=list)
     selections: list[Selected] = field(default_factory=list)
     final: Final | None = None

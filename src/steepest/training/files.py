@@ -5,7 +5,7 @@ from pathlib import Path
 from steepest._files import write_atomically
 from steepest.errors import OutputError
 
-__all__ = ["prepare_folder", "write_atomically"]
+__all__ = ["prepare_folder", "why", "write_atomically"]
 
 
 def prepare_folder(folder: Path) -> None:
@@ -25,8 +25,21 @@ def prepare_folder(folder: Path) -> None:
         write_atomically(probe, "can this folder be written to?\n")
         probe.unlink()
     except (OSError, OutputError) as error:
-        reason = error.__cause__ if isinstance(error, OutputError) else error
         raise OutputError(
-            f"the folder {folder} cannot be written to ({getattr(reason, 'strerror', reason)}): name another one with "
-            "--out"
+            f"the folder {folder} cannot be written to ({why(error)}): name another one with --out"
         ) from error
+
+
+def why(error: OSError | OutputError) -> str:
+    """Say why a folder cannot be made or written to.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The reason, in the words of the system.
+    """
+    reason = error.__cause__ if isinstance(error, OutputError) else error
+    if isinstance(reason, FileExistsError):  # so says mkdir, of a file where the folder should be
+        return "Not a directory"
+    return str(getattr(reason, "strerror", reason))

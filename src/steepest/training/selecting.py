@@ -77,14 +77,15 @@ def reads_reference(method: "Method") -> bool:
     return any(run.reads(number) == "reference" for number in range(run.passes))
 
 
-def try_out(method: "Method", task: Task, model: nn.Module, splits: Splits) -> None:
+def try_out(method: "Method", task: Task, model: nn.Module, splits: Splits, count: int) -> None:
     """Select from the first samples with a model that was not trained: better an error now than after a training.
 
     Args:
-        method: The method; scope, class policy and layers must fit to one another.
+        method: The method; scope, class policy and layers must fit to one another, and its memory to all samples.
         task: The task.
         model: Its model, any weights.
         splits: Its data.
+        count: How many samples it is to keep of all.
     """
     from steepest.selection.select import select_subset
 
@@ -101,6 +102,22 @@ def try_out(method: "Method", task: Task, model: nn.Module, splits: Splits) -> N
             reference=(val.inputs, val.targets) if reads_reference(method) else None,
             review=False,
         )
+        _see_memory(method, task, model, train, count)
+
+
+def _see_memory(method: "Method", task: Task, model: nn.Module, train: Split, count: int) -> None:
+    """Let the method refuse, by its first batch, what would be too large with all samples."""
+    from steepest.selection.samples import Samples
+    from steepest.selection.scan import FixedModel
+
+    run = method.begin()
+    if run.passes and (expect := getattr(run, "expect", None)) is not None:
+        expect(len(train))
+        first = next(Samples((train.inputs[:_TRIED], train.targets[:_TRIED])).batches())
+        with FixedModel(model, method.scope, task.loss.per_sample) as fixed:
+            run.update(0, fixed.rows(first))
+    if (afford := getattr(run, "afford", None)) is not None:
+        afford(count, train.targets if task.kind == "classification" else None)
 
 
 def noted(

@@ -12,6 +12,7 @@ from steepest.errors import InvalidOptionError
 from steepest.training.records import RunRecord
 from steepest.training.registry import get_optimizer
 from steepest.training.spec import RunSpec
+from steepest.training.tuned import NOT_TUNED
 
 __all__ = ["TUNING_SEEDS", "Choice", "apply_choices", "choose", "log_grid", "tuning_runs"]
 
@@ -129,15 +130,29 @@ def apply_choices(specs: Sequence[RunSpec], choices: Sequence[Choice]) -> list[R
         The new plan.
     """
     chosen = {(choice.task, choice.optimizer, choice.batch_size): choice for choice in choices}
+    # Told of all runs alike, where some select: their learning rates are the same ones.
+    on = " on all of the data" if any(spec.select is not None for spec in specs) else ""
 
     def tuned(spec: RunSpec) -> RunSpec:
         choice = chosen.get((spec.task, spec.optimizer, spec.batch_size))
         if choice is None or choice.lr is None:
             return spec
         trials = choice.runs // len(TUNING_SEEDS)
-        where = "comparison" if spec.select is None else "comparison and on all of the data"
-        source = f"learning rate: best of {trials} rates x {len(TUNING_SEEDS)} other seeds by validation loss, in this "
-        source += f"{where}; the rest: {spec.options_source}"
+        rates = "1 rate" if trials == 1 else f"{trials} rates"
+        source = f"learning rate: best of {rates} x {len(TUNING_SEEDS)} other seeds by validation loss{on}, in this "
+        source += f"comparison{_rest(spec.options_source)}"
         return replace(spec, options={**spec.options, "lr": choice.lr}, options_source=source)
 
     return [tuned(spec) for spec in specs]
+
+
+def _rest(source: str) -> str:
+    """How the options beside the learning rate were chosen: what is said of a stored rate no longer holds."""
+    first, *others = source.split("; ")
+    if first == NOT_TUNED:
+        first = "all else by default"
+    elif first.startswith("learning rate"):
+        first = ""
+    else:
+        first = f"all else: {first}"
+    return "".join(f"; {part}" for part in (first, *others) if part)

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-__all__ = ["TUNED", "rates", "tuned_rates"]
+__all__ = ["NOT_TUNED", "TUNED", "rates", "tuned_rates"]
+
+NOT_TUNED = "defaults, not tuned for this task"
 
 TUNED = (
     "learning rates as stored: best mean validation loss of 7 rates x 3 seeds (1000 to 1002) for each optimizer, which "
