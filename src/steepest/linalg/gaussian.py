@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["centre_of", "evaluate", "gaussian_gram", "gaussian_kernel", "no_autocast", "pieces", "through_distances"]
+__all__ = [
+    "centre_of",
+    "evaluate",
+    "gaussian_gram",
+    "gaussian_kernel",
+    "no_autocast",
+    "pieces",
+    "squared_distances",
+    "through_distances",
+]
 
 # Bytes of the kernel that are worked on at a time: on a CPU what stays in its cache, elsewhere what keeps it busy.
 _CPU_PIECE, _DEVICE_PIECE = 1 << 20, 1 << 28
@@ -39,8 +48,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(points: Tensor, scale: float) -> Tensor:
-        distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-        return distances.square().mul_(-0.5 * scale).exp_()
+        return squared_distances(points).mul_(-0.5 * scale).exp_()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -85,25 +93,23 @@ def gaussian_kernel(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
 def gaussian_gram(points: Tensor, scale: float = 1.0) -> Tensor:
     """Gaussian kernel of points with themselves, positive semidefinite to rounding and 1 on the diagonal.
 
-    Distances are sums of squared differences, in float64: the rounding of expanded squares, for points far from their
-    mean, can exceed any reasonable ridge, and then no factorisation of the matrix exists.
+    Distances are sums of squared differences: the rounding of expanded squares, for points far from their mean, can
+    exceed any reasonable ridge, and then no factorisation of the matrix exists.
 
     Args:
-        points: `[..., m, d]`.
+        points: `[..., m, d]`, float32 or float64.
         scale: Of the squared distances.
 
     Returns:
-        `[..., m, m]` in the type of the points.
+        `[..., m, m]`, symmetric to the last bit.
 
     Example:
         >>> gaussian_gram(torch.tensor([[0.0], [2.0]]))
         tensor([[1.0000, 0.1353],
                 [0.1353, 1.0000]])
     """
-    # Apple's GPUs have no float64.
-    wide = points if points.device.type == "mps" else points.double()
-    gram: Tensor = _Gram.apply(wide, scale)  # type: ignore[no-untyped-call]
-    return gram.to(points.dtype)
+    gram: Tensor = _Gram.apply(points, scale)  # type: ignore[no-untyped-call]
+    return gram
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -142,6 +148,16 @@ def evaluate(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return kernel
 
 
+def squared_distances(points: Tensor) -> Tensor:
+    """Sums of squared differences of points `[..., m, d]`, without gradients: `[..., m, m]`."""
+    if points.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+    # On a GPU, cdist spends a block of threads on every pair; the compiler has no cdist of its own.
+    others = points.unsqueeze(-3)
+    parts = pieces(points, points, points.shape[-1])
+    return torch.cat([(points[..., rows, :].unsqueeze(-2) - others).square().sum(-1) for rows in parts], -2)
+
+
 def _differentiable(x: Tensor, y: Tensor, kernel: Tensor, scale: float) -> Tensor:
     """The kernel as it was saved, or with a graph of its own when somebody asks for second derivatives."""
     return gaussian_kernel(x, y, scale) if torch.is_grad_enabled() else kernel
@@ -154,12 +170,13 @@ def through_distances(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Te
     return grad_x, grad_y
 
 
-def pieces(x: Tensor, y: Tensor) -> list[slice]:
+def pieces(x: Tensor, y: Tensor, width: int = 1) -> list[slice]:
     """Parts of the rows of a kernel that are worth working on at a time.
 
     Args:
         x: `[..., n, d]`.
         y: `[..., m, d]`.
+        width: Numbers that are held for every entry of the kernel.
 
     Returns:
         Slices that cover 0 to n.
@@ -167,6 +184,6 @@ def pieces(x: Tensor, y: Tensor) -> list[slice]:
     count = x.shape[-2]
     if torch.compiler.is_compiling():  # the compiler cuts and fuses as it sees fit
         return [slice(0, count)]
-    row = x.element_size() * y.shape[-2] * math.prod(x.shape[:-2])
+    row = x.element_size() * width * y.shape[-2] * math.prod(x.shape[:-2])
     size = max(1, (_CPU_PIECE if x.device.type == "cpu" else _DEVICE_PIECE) // max(row, 1))
     return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]

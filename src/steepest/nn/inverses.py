@@ -22,7 +22,8 @@ class CholeskyInverse:
     The gradient is exact, nothing waits for the device, and no matrix is touched by the others of its batch.
 
     Args:
-        ridge: :math:`\rho`, relative to the mean diagonal entry of A, which is 1.
+        ridge: :math:`\rho`, relative to the mean diagonal entry of A, which is 1. In float32 keep it above about
+            1e-7 m: below, rounding can leave a matrix without a factorisation, and its solution is NaN.
 
     Raises:
         InvalidOptionError: If the ridge is no number above 0.
@@ -64,7 +65,8 @@ class NewtonInverse:
     for what is not yet one.
 
     Args:
-        ridge: :math:`\rho`, relative to the mean diagonal entry of A, which is 1.
+        ridge: :math:`\rho`, relative to the mean diagonal entry of A, which is 1. In float32, rounding leaves a
+            relative error of up to about 1e-7 m / ridge, where a solve by Cholesky leaves far less.
         steps: Number of steps (the papers take 20); None takes what suffices for any A of its size.
 
     Raises:
