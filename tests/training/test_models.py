@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from made_images import made_cifar, made_fashion
 from steepest.errors import InvalidOptionError
+from steepest.nn.attention import SoftmaxFreeAttention
+from steepest.nn.softmax import SoftmaxAttention
 from steepest.training.data import Shape
 from steepest.training.errors import DataError
 from steepest.training.evaluate import evaluate
@@ -35,44 +37,24 @@ def file_task(name: str, folder: Path) -> Task:
     return entry.at(folder)
 
 
-def made_cifar(folder: Path, *, images: int = 20) -> None:
-    random = np.random.default_rng(0)
-    for file in [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]:
-        records = random.integers(0, 256, (images, 3073), dtype=np.uint8)
-        records[:, 0] = np.arange(images) % 10
-        (folder / file).write_bytes(records.tobytes())
-
-
-def made_fashion(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    for prefix, images in (("train", 120), ("t10k", 20)):
-        arrays = {
-            "images-idx3": random.integers(0, 256, (images, 28, 28), dtype=np.uint8),
-            "labels-idx1": (np.arange(images) % 10).astype(np.uint8),
-        }
-        for kind, array in arrays.items():
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
-
-
 # Named models
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet", "resnet_bn", "resnet:8,16"])
+@pytest.mark.parametrize("name", ["cnn", "resnet", "resnet_bn", "resnet:8,16", "soft_vit", "vit", "vit:16,1"])
 def test_a_model_for_images_is_refused_for_other_data(name: str) -> None:
     task = resolve(Source("digits", model=name))
     with pytest.raises(InvalidOptionError, match=r"needs inputs \[C, H, W\], one input here has the shape \[64\]"):
         task.model(task.load(0).shape)
 
 
-@pytest.mark.parametrize("name", ["resnet:0", "resnet_bn:8,x", "resnet:8,,8"])
+@pytest.mark.parametrize("name", ["resnet:0", "resnet_bn:8,x", "resnet:8,,8", "vit:0", "soft_pixels:8,0"])
 def test_widths_that_are_no_numbers_are_refused(name: str) -> None:
     with pytest.raises(InvalidOptionError, match="give whole numbers above 0"):
         resolve(Source("digits", model=name))
 
 
 @pytest.mark.parametrize("inputs", [(1, 28, 28), (3, 32, 32), (2, 9, 9)])
-@pytest.mark.parametrize("name", ["cnn", "resnet", "resnet_bn"])
+@pytest.mark.parametrize("name", ["cnn", "resnet", "resnet_bn", "soft_vit", "vit", "soft_pixels", "pixels"])
 def test_a_model_for_images_takes_any_size(name: str, inputs: tuple[int, ...]) -> None:
     assert MODELS[name]()(Shape(inputs, 5))(torch.randn(3, *inputs)).shape == (3, 5)
 
@@ -90,6 +72,49 @@ def test_the_two_residual_networks_differ_in_their_normalisation_alone() -> None
     group, batch = MODELS["resnet"]()(shape), MODELS["resnet_bn"]()(shape)
     assert kinds(group) ^ kinds(batch) == {nn.GroupNorm, nn.BatchNorm2d}
     assert [p.shape for p in group.parameters()] == [p.shape for p in batch.parameters()]
+
+
+TRANSFORMERS = {"soft_vit": "vit", "soft_pixels": "pixels"}
+
+
+@pytest.mark.parametrize(("soft", "plain"), TRANSFORMERS.items())
+def test_the_numbers_of_a_transformer_are_width_and_depth(soft: str, plain: str) -> None:
+    shape = Shape((1, 28, 28), 10)
+    for name in (soft, plain):
+        encoder = next(m for m in MODELS[name](40, 3)(shape).modules() if hasattr(m, "position"))
+        tokens = 49 if name.endswith("vit") else 784
+        assert (len(encoder.blocks), encoder.position.shape) == (3, (tokens, 40))
+        assert encoder.blocks[0].attention.num_heads == 2  # the largest number up to 40 / 16 that divides 40
+        width, depth = (64, 4) if name.endswith("vit") else (32, 2)
+        assert (
+            count(MODELS[name]()(shape))
+            == count(MODELS[name](width)(shape))
+            == count(MODELS[name](width, depth)(shape))
+        )
+    with pytest.raises(
+        InvalidOptionError, match=f"model {soft} got 3 numbers: it takes width and depth, as in {soft}:"
+    ):
+        resolve(Source("digits", model=f"{soft}:8,2,2"))
+
+
+@pytest.mark.parametrize(("soft", "plain"), TRANSFORMERS.items())
+def test_the_two_transformers_differ_in_their_attention_alone(soft: str, plain: str) -> None:
+    shape = Shape((1, 9, 7), 3)
+    first, second = (MODELS[name](32, 2)(shape) for name in (soft, plain))
+    assert kinds(first) ^ kinds(second) == {SoftmaxFreeAttention, SoftmaxAttention}
+    assert count(second) - count(first) == 2 * (32 * 32 + 32) - 2 * 2  # keys of every block, widths of every head
+
+
+@pytest.mark.parametrize("name", ["soft_pixels", "pixels"])
+def test_every_number_of_an_input_is_a_token_in_the_order_of_its_memory(name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 4, 5)
+    model = MODELS[name](8, 1)(Shape((3, 4, 5), 2))
+    tokens = torch.stack([images[:, c, i, j] for c in range(3) for i in range(4) for j in range(5)], dim=1)
+    torch.testing.assert_close(model(images), model[-1](tokens.unsqueeze(2)))
+    task = resolve(Source("digits", model=name))
+    splits = task.load(0)
+    assert task.model(splits.shape)(splits.val.inputs[:3]).shape == (3, 10)
 
 
 # The tasks that use them

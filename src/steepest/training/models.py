@@ -9,9 +9,10 @@ from torch import nn
 
 from steepest.errors import InvalidOptionError
 from steepest.nn.resnet import Norm, ResNet
+from steepest.nn.transformer import Attention, SequenceTransformer, VisionTransformer
 from steepest.training.data import Shape
 
-__all__ = ["MODELS", "build_with", "cnn", "hidden", "mlp", "resnet"]
+__all__ = ["MODELS", "build_with", "cnn", "hidden", "mlp", "pixels", "resnet", "vit"]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -104,6 +105,52 @@ def resnet(*widths: int, norm: Norm = "group") -> Callable[[Shape], ResNet]:
     return build
 
 
+def vit(width: int, depth: int, *, attention: Attention) -> Callable[[Shape], VisionTransformer]:
+    """A small transformer on the patches of images `[C, H, W]` of any size.
+
+    Args:
+        width: Features of a token; a head has 16 of them.
+        depth: Number of blocks.
+        attention: "softmax_free" or "softmax".
+
+    Returns:
+        A function from the shape of the data to the model.
+
+    Raises:
+        InvalidOptionError: From the returned function, if the inputs are no images.
+    """
+
+    def build(shape: Shape) -> VisionTransformer:
+        channels, *sides = _image(shape)
+        return VisionTransformer(channels, shape.outputs, sides, dim=width, depth=depth, attention=attention)
+
+    return build
+
+
+def pixels(width: int, depth: int, *, attention: Attention) -> Callable[[Shape], nn.Sequential]:
+    """A small transformer on inputs as a sequence of single numbers: every value of every channel is a token.
+
+    Args:
+        width: Features of a token; a head has 16 of them.
+        depth: Number of blocks.
+        attention: "softmax_free" or "softmax".
+
+    Returns:
+        A function from the shape of the data, which may be any, to the model.
+    """
+
+    def build(shape: Shape) -> nn.Sequential:
+        count = shape.features
+        # One channel after the other, and in each one row after the other.
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Unflatten(1, (count, 1)),
+            SequenceTransformer(1, shape.outputs, count, dim=width, depth=depth, attention=attention),
+        )
+
+    return build
+
+
 def build_with(constructor: Any, shape: Shape, name: str) -> nn.Module:
     """Make a user's model, giving its constructor whatever it asks for by name.
 
@@ -137,7 +184,7 @@ def build_with(constructor: Any, shape: Shape, name: str) -> nn.Module:
 def _image(shape: Shape) -> tuple[int, int, int]:
     if len(shape.inputs) != 3:
         raise InvalidOptionError(
-            f"a convolutional model needs inputs [C, H, W], one input here has the shape {list(shape.inputs)}: use mlp"
+            f"a model for images needs inputs [C, H, W], one input here has the shape {list(shape.inputs)}: use mlp"
         )
     channels, height, width = shape.inputs
     return channels, height, width
@@ -159,10 +206,29 @@ def _resnet_bn(*widths: int) -> Callable[[Shape], nn.Module]:
     return resnet(*(widths or (16, 32, 64)), norm="batch")
 
 
+def _transformer(
+    name: str, make: Callable[..., Callable[[Shape], nn.Module]], attention: Attention, default: tuple[int, int]
+) -> Callable[..., Callable[[Shape], nn.Module]]:
+    def made(*numbers: int) -> Callable[[Shape], nn.Module]:
+        if len(numbers) > len(default):
+            raise InvalidOptionError(
+                f"model {name} got {len(numbers)} numbers: it takes width and depth, as in "
+                f"{name}:{default[0]},{default[1]}"
+            )
+        width, depth = (*numbers, *default[len(numbers) :])
+        return make(width, depth, attention=attention)
+
+    return made
+
+
 # What --model takes by name, with its numbers after a colon: mlp:64,64.
 MODELS: dict[str, Callable[..., Callable[[Shape], nn.Module]]] = {
     "mlp": _mlp,
     "cnn": _cnn,
     "resnet": _resnet,
     "resnet_bn": _resnet_bn,
+    "soft_vit": _transformer("soft_vit", vit, "softmax_free", (64, 4)),
+    "vit": _transformer("vit", vit, "softmax", (64, 4)),
+    "soft_pixels": _transformer("soft_pixels", pixels, "softmax_free", (32, 2)),
+    "pixels": _transformer("pixels", pixels, "softmax", (32, 2)),
 }
