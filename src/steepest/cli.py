@@ -1,6 +1,7 @@
 """The command line: parse, call, exit code. Heavy imports wait until a command needs them."""
 
 import json as json_module
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -54,7 +55,8 @@ def run(arguments: "Sequence[str]") -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = _explain(error)
-        sys.stderr.write(f"steepest: {' '.join(message.split())}\n")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
+            sys.stderr.write(f"steepest: {' '.join(message.split())}\n")
         return code
 
 

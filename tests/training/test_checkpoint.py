@@ -135,8 +135,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match="this is steepest steepest of tomorrow"):
         execute(SPEC, keeping=keeping(tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint, "_FORMAT", 3)
-    with pytest.raises(CheckpointError, match="has checkpoint format 2, this steepest reads 3"):
+    monkeypatch.setattr(checkpoint, "_FORMAT", 4)
+    with pytest.raises(CheckpointError, match="has checkpoint format 3, this steepest reads 4"):
         execute(SPEC, keeping=keeping(tmp_path))
     assert spec.package_version("torch") == torch.__version__
 
@@ -158,6 +158,28 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
         path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt .*--fresh"):
         execute(SPEC, keeping=keeping(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bits"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = execute(SPEC, keeping=keeping(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        execute(SPEC, keeping=keeping(tmp_path, 11, every=0.0))  # one before every step
+    path = tmp_path / "checkpoint.pt"
+    content = path.read_bytes()
+    middle = len(content) // 2
+    damaged = {"cut": content[:middle], "empty": b"", "bits": content[:middle] + bytes(64) + content[middle + 64 :]}
+    path.write_bytes(damaged[damage])
+    assert '"' not in saved_settings(path)
+    said: list[str] = []
+    resumed = execute(SPEC, keeping=replace(keeping(tmp_path), say=said.append))
+    assert numbers(resumed) == numbers(whole)
+    (line,) = said
+    assert "checkpoint.pt" in line
+    assert line.endswith(f"going on from the one before it, {tmp_path / 'checkpoint.previous.pt'}")
+    checkpoint.forget(path)
+    assert not list(tmp_path.glob("*checkpoint*"))
 
 
 def test_a_model_of_another_shape_under_the_same_key_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from steepest.report.live import listener_for
 from steepest.report.outcome import write_outcome
 from steepest.training.compare import plan_runs, run_all
 from steepest.training.isolate import execute_isolated
+from steepest.training.processes import refuse_several
 from steepest.training.records import RecordStore, RunRecord
 from steepest.training.settings import CompareSettings
 from steepest.training.source import resolve
@@ -39,6 +40,7 @@ def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
     Raises:
         KeyboardInterrupt: If it was interrupted; finished runs are recorded.
     """
+    refuse_several("compare")
     request = settings.request()
     specs = plan_runs(request)
     goals = goals_for(settings.goal, settings.goal_metric, _metrics(settings, specs))

@@ -14,11 +14,12 @@ from steepest.errors import InvalidOptionError
 from steepest.report.html import write_report
 from steepest.report.live import listener_for
 from steepest.report.measure import Goals
-from steepest.training.checkpoint import Keeping, saved_settings
+from steepest.training.checkpoint import Keeping, forget, saved_settings
 from steepest.training.compare import plan_runs
 from steepest.training.errors import CheckpointError
 from steepest.training.execute import execute
 from steepest.training.files import prepare_folder
+from steepest.training.processes import alone_first, check_shares, process_group
 from steepest.training.records import RecordStore, RunRecord
 from steepest.training.select_text import selection_label
 from steepest.training.settings import TrainSettings, merge
@@ -77,21 +78,32 @@ def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> 
         raise InvalidOptionError("--resume goes on and --fresh begins anew: drop one of them")
     (spec,) = plan_runs(settings.request())
     out = Path(settings.out or f"runs/train/{_folder_name(spec)}")
-    store, errors = RecordStore(out / "records"), Console(stderr=True, markup=False, highlight=False)
-    record = None if fresh else store.read(spec)
-    if record is not None and record.status in {"finished", "diverged"}:
-        if not resume:
-            raise InvalidOptionError(
-                f"{out} has a record of this run already: --resume shows it, --fresh makes the run again"
-            )
-        errors.print(f"this run is {record.status} already", soft_wrap=True)
-    else:
-        _settle_checkpoint(out / _CHECKPOINT, resume=resume, fresh=fresh)
-        prepare_folder(out)
-        store.prepare()
-        record = _run(spec, settings, out, store, errors)
+    store = RecordStore(out / "records")
+    with process_group(spec.device) as ranks:
+        leads = ranks is None or ranks.rank == 0
+        errors = Console(stderr=True, markup=False, highlight=False, quiet=not leads)
+        record = None if fresh else store.read(spec)
+        if record is not None and record.status in {"finished", "diverged"}:
+            if not resume:
+                raise InvalidOptionError(
+                    f"{out} has a record of this run already: --resume shows it, --fresh makes the run again"
+                )
+            errors.print(f"this run is {record.status} already", soft_wrap=True)
+        else:
+            check_shares(spec.batch_size, ranks)
+            with alone_first(ranks):
+                _settle_checkpoint(out / _CHECKPOINT, resume=resume, fresh=fresh)
+                prepare_folder(out)
+                store.prepare()
+            record = _run(spec, settings, out, store, errors, leads=leads)
+    if leads:
+        _show(record, out, store.path(spec), json=json)
+    return 0 if record.status == "finished" else 1
+
+
+def _show(record: RunRecord, out: Path, path: Path, *, json: bool) -> None:
     write_report([record], out / "report.html")
-    files = {"record": store.path(spec), "report": out / "report.html"}
+    files = {"record": path, "report": out / "report.html"}
     if record.status == "finished":
         files["model"] = out / "model.pt"
     if json:
@@ -100,12 +112,11 @@ def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> 
         console = Console(markup=False, highlight=False)
         print_tables(console, [record], Goals())
         print_files(console, files)
-    return 0 if record.status == "finished" else 1
 
 
 def _settle_checkpoint(path: Path, *, resume: bool, fresh: bool) -> None:
     if fresh:
-        path.unlink(missing_ok=True)
+        forget(path)
     elif path.exists() and not resume:
         raise InvalidOptionError(
             f"{path} is of a run that is not finished: --resume goes on with it, --fresh begins anew"
@@ -123,7 +134,9 @@ def _beginning(checkpoint: Path, spec: RunSpec) -> str:
     return f"{what}: going on from {checkpoint}" if checkpoint.exists() else what
 
 
-def _run(spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, errors: Console) -> RunRecord:
+def _run(
+    spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, errors: Console, *, leads: bool
+) -> RunRecord:
     checkpoint = out / _CHECKPOINT
     errors.print(_beginning(checkpoint, spec), soft_wrap=True)
     with stop_requested() as stop, listener_for(errors, every_epoch=True) as listener:
@@ -133,6 +146,7 @@ def _run(spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, 
             settings=settings.to_json(),
             every=settings.checkpoint_every,
             stop=stop,
+            say=lambda text: errors.print(text, soft_wrap=True),
         )
         listener.begin("training", 1)
         listener.run_started(spec, 1, 1)
@@ -142,9 +156,10 @@ def _run(spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, 
             if checkpoint.exists():
                 errors.print(f"interrupted; to go on: steepest train --resume --out {out}", soft_wrap=True)
             raise
-        store.write(spec, record)
+        if leads:
+            store.write(spec, record)
         listener.run_done(spec, record, resumed=False)
-    if record.status in {"finished", "diverged"}:
+    if leads and record.status in {"finished", "diverged"}:
         # The record is there: a checkpoint that stayed behind would only be refused by the next run.
-        checkpoint.unlink(missing_ok=True)
+        forget(checkpoint)
     return record

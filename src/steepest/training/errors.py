@@ -5,7 +5,16 @@ from difflib import get_close_matches
 
 from steepest.errors import InvalidOptionError, OutputError, SteepestError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "OutputError", "RecordError", "UnknownNameError", "unknown"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DamagedCheckpointError",
+    "DataError",
+    "OutputError",
+    "RecordError",
+    "UnknownNameError",
+    "unknown",
+]
 
 
 class UnknownNameError(InvalidOptionError):
@@ -22,6 +31,10 @@ class ConfigError(SteepestError):
 
 class CheckpointError(SteepestError):
     """A checkpoint that cannot be read or belongs to another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file that is no readable checkpoint of any version."""
 
 
 class RecordError(SteepestError):

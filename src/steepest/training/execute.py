@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from steepest.distributed import Ranks
 from steepest.errors import NonFiniteError
 from steepest.training.checkpoint import Checkpoints, Keeping
 from steepest.training.convert import plain
@@ -44,6 +45,7 @@ __all__ = ["Outcome", "execute", "make_record"]
 # A run whose final validation loss is above this multiple of the untrained one counts as diverged.
 _DIVERGED_RATIO = 10.0
 _TRIAL_STEPS = 3
+_RANK_STRIDE = 7_919  # between the seeds of processes that share a run
 
 
 @dataclass
@@ -143,6 +145,9 @@ def execute(
         outcome.status, outcome.error = "failed", f"{type(error).__name__}: {error}"
     finally:
         environment = environment_row(spec.device)
+        ranks = Ranks.current()
+        if ranks is not None:
+            environment["processes"] = ranks.size
         torch.set_num_threads(threads)
     return make_record(spec, outcome, environment)
 
@@ -172,7 +177,10 @@ def _run(
         outcome.peak_memory = peak_memory(spec.device, trial)
         outcome.memory_kind = memory_kind(spec.device)
     torch.manual_seed(spec.seed)
-    trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), splits, subset=subset)
+    ranks = Ranks.current()
+    trainer = Trainer(spec, task, entry, model, entry.build(model, spec.options), splits, subset=subset, ranks=ranks)
+    if ranks is not None:  # the models begin alike, what is drawn in training, such as dropout, must not be
+        torch.manual_seed(spec.seed + _RANK_STRIDE * ranks.rank)
     try:
         _train(trainer, on_epoch, keeping)
     finally:
@@ -181,7 +189,7 @@ def _run(
         outcome.selections = progress.selections
     outcome.final = _final(task, model, splits)
     outcome.status, outcome.error = _judge(progress.history[0].val_loss, outcome.final)
-    if keeping is not None:
+    if keeping is not None and (ranks is None or ranks.rank == 0):
         save_model(keeping.model, spec, task, model, splits)
 
 

@@ -16,10 +16,12 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from steepest.distributed import Ranks
 from steepest.errors import InvalidOptionError
 from steepest.training.data import Splits, batches
 from steepest.training.evaluate import evaluate
 from steepest.training.optimizer import OptimizerEntry
+from steepest.training.processes import check_shares, replica, share
 from steepest.training.records import EpochPoint, Selected, finite
 from steepest.training.select_text import parse_selection
 from steepest.training.selecting import noted, select_now
@@ -75,6 +77,7 @@ class Trainer:
         splits: The data, on the run's device.
         progress: How far it is.
         subset: What is trained on at present; None for everything.
+        ranks: The processes that share every batch; None for one alone. All of them make the same run.
         base_lrs: Learning rate of every parameter group before the schedule.
     """
 
@@ -86,8 +89,11 @@ class Trainer:
     splits: Splits
     progress: Progress = field(default_factory=Progress)
     subset: Subset | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
+        check_shares(self.spec.batch_size, self.ranks)
+        self._replica = replica(self.model, self.entry, self.ranks, self._first_loss)
         self._plan = None if self.spec.select is None else parse_selection(self.spec.select)
         if self.subset is not None:
             self.progress.selections = [noted(self.subset, self.splits.train, epoch=1)]
@@ -119,7 +125,7 @@ class Trainer:
                 before_step()
                 self._set_lr()
                 self.entry.anneal(self.optimizer, self._fraction())
-                loss = self._timed_step(step, inputs, targets)
+                loss = self._timed_step(step, share(inputs, self.ranks), share(targets, self.ranks))
                 if loss is not None and not isfinite(loss):
                     raise DivergedError(f"the loss of step {progress.steps} is {loss}")
                 progress.losses += [loss] if loss is not None else []
@@ -149,7 +155,7 @@ class Trainer:
         # All states are those of before the selection until it is done: a checkpoint meanwhile has it made again.
         subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, between)
         self._synchronise()
-        seconds = time.perf_counter() - start
+        _, seconds = self._agreed(None, time.perf_counter() - start)
         self.subset = subset
         self.progress.seconds += seconds
         done.append(replace(numbers, seconds=seconds))
@@ -186,17 +192,35 @@ class Trainer:
     def _timed_step(self, step: StepFunction, inputs: Tensor, targets: Tensor) -> float | None:
         self._synchronise()
         start = time.perf_counter()
-        loss = step(self.optimizer, self.model, self.task.loss, inputs, targets)
+        loss = step(self.optimizer, self._replica, self.task.loss, inputs, targets)
         self._synchronise()
-        self.progress.seconds += time.perf_counter() - start
+        number, seconds = self._agreed(None if loss is None else loss.item(), time.perf_counter() - start)
+        self.progress.seconds += seconds
         self.progress.steps += 1
-        return None if loss is None else loss.item()
+        return number
+
+    def _first_loss(self, model: nn.Module) -> Tensor:
+        first = slice(self.spec.batch_size)
+        return self.task.loss.per_sample(
+            model(self.splits.train.inputs[first]), self.splits.train.targets[first]
+        ).mean()
+
+    def _agreed(self, loss: float | None, seconds: float) -> tuple[float | None, float]:
+        """Means over the ranks: what decides about the run must be the same number on all of them."""
+        if self.ranks is None:
+            return loss, seconds
+        both = torch.tensor([0.0 if loss is None else loss, seconds], dtype=torch.float64, device=self.spec.device)
+        self.ranks.sum_([both])
+        mean_loss, mean_seconds = (both / self.ranks.size).tolist()
+        return None if loss is None else mean_loss, mean_seconds
 
     def _synchronise(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize()
 
     def _add_point(self, epoch: int, train_loss: float | None, on_epoch: Callable[[EpochPoint], None]) -> None:
+        if self.ranks is not None:  # running statistics of BatchNorm are each process's own
+            self.ranks.broadcast_([buffer for buffer in self.model.buffers() if buffer.numel()], 0)
         scores = evaluate(self.task, self.model, self.splits.val)
         diagnosis = self.entry.diagnose(self.optimizer) if epoch else {}
         point = EpochPoint(

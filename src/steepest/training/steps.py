@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from steepest.distributed import Ranks
 from steepest.training.losses import Loss
 
 __all__ = ["StepFunction", "backward_step", "closure_step", "losses_step", "residuals_step"]
@@ -52,6 +53,8 @@ def closure_step(
 ) -> Tensor:
     """A closure with `backward` inside, returning the mean loss; it may be called often (L-BFGS).
 
+    On several processes it is the mean over all of them: the optimizer decides by it when to stop.
+
     Args:
         optimizer: A torch optimizer that takes a closure.
         model: The model.
@@ -69,9 +72,14 @@ def closure_step(
             optimizer.zero_grad(set_to_none=True)
             mean = loss.per_sample(model(inputs), targets).mean()
             torch.autograd.backward(mean)
+        value = mean.detach().clone()
+        ranks = Ranks.current()
+        if ranks is not None:
+            ranks.sum_([value])
+            value /= ranks.size
         if not first:
-            first.append(mean.detach())
-        return mean.item()
+            first.append(value)
+        return value.item()
 
     optimizer.step(closure)
     return first[0]
