@@ -1,6 +1,6 @@
 """The processes that train together, and what they tell each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -28,13 +28,15 @@ class Traffic:
         reduced: Given to sums over all ranks.
         gathered: Given to gathers.
         broadcast: Of broadcasts, counted on every rank.
-        calls: Number of collectives.
+        calls: Number of collectives, and of exchanges that send.
+        sent: Sent to single ranks.
     """
 
     reduced: int = 0
     gathered: int = 0
     broadcast: int = 0
     calls: int = 0
+    sent: int = 0
 
 
 @dataclass(eq=False)
@@ -118,6 +120,41 @@ class Ranks:
         dist.all_gather(found, padded, group=self.group)
         self._count("gathered", padded)
         return [part[:count] for part, count in zip(found, counts, strict=True)]
+
+    def exchange(
+        self, send: Sequence[Tensor], target: int | None, receive: Sequence[Tensor], source: int | None
+    ) -> Callable[[], None]:
+        """Send tensors to one rank and receive tensors from one, while the caller does something else.
+
+        Args:
+            send: Contiguous tensors.
+            target: Number within the group of the rank that receives them with as many of the same shapes and types;
+                None to send nothing.
+            receive: Contiguous tensors to be overwritten.
+            source: Who sends them; None to receive nothing.
+
+        Returns:
+            Call it to wait until the tensors are there; until then change neither.
+        """
+        ends = ((dist.isend, send, target), (dist.irecv, receive, source))
+        steps = [
+            dist.P2POp(way, tensor, peer if self.group is None else dist.get_global_rank(self.group, peer), self.group)
+            for way, tensors, peer in ends
+            if peer is not None
+            for tensor in tensors
+            if tensor.numel()
+        ]
+        works = dist.batch_isend_irecv(steps) if steps else []
+        if target is not None:
+            self.traffic.sent += sum(tensor.numel() * tensor.element_size() for tensor in send)
+            self.traffic.calls += 1
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            steps.clear()  # what holds the tensors
+
+        return wait
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """Small Python objects of all ranks, pickled by torch.distributed, in the order of their numbers."""

@@ -10,12 +10,14 @@ from torch import Tensor
 from steepest._typing import Sharing
 from steepest.engine.conv_shape import ConvShape
 from steepest.engine.layout import Layout
-from steepest.engine.linear import LinearRecord, factorized_is_cheaper
+from steepest.engine.linear import LinearRecord, cross_is_cheaper_factorized, factorized_is_cheaper
 from steepest.engine.records import (
     CHUNK_BYTES,
     KroneckerFactors,
     Record,
     accumulate,
+    accumulate_cross,
+    as_rows,
     column_chunks,
     common_dtype,
     factors_of,
@@ -69,8 +71,11 @@ class ConvRecord(Record):
             return patches
         return patches.view(-1, merged, *patches.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
 
-    def _weight_grads(self, max_memory: int) -> Iterator[Tensor]:
-        """Yield per-sample gradients ``[R, groups, channels, features]`` of some output channels after others."""
+    def _weight_grads(self, max_memory: int, rows_counted: int = 0) -> Iterator[Tensor]:
+        """Yield per-sample gradients ``[R, groups, channels, features]`` of some output channels after others.
+
+        How many channels depends on ``rows_counted`` where that is more than R.
+        """
         groups, features = self._shape.groups, self._shape.weight_shape[1:].numel()
         positions = self._merged * self._g[0, 0].numel()
         # rows, groups, channels, images and positions of a row
@@ -79,7 +84,8 @@ class ConvRecord(Record):
         size = self._x.itemsize
         row_chunks = list(column_chunks(self.num_rows, positions * groups * features * size, max_memory))
         whole = self._patches(row_chunks[0]) if len(row_chunks) == 1 else None  # made once if they fit
-        for channels in column_chunks(g.shape[2], self.num_rows * groups * features * size, max_memory):
+        counted = max(self.num_rows, rows_counted)
+        for channels in column_chunks(g.shape[2], counted * groups * features * size, max_memory):
             grads = g.new_empty(self.num_rows, groups, channels.stop - channels.start, features)
             for rows in row_chunks:
                 patches = self._patches(rows) if whole is None else whole
@@ -111,6 +117,41 @@ class ConvRecord(Record):
         for grads in self._weight_grads(max_memory // 2):
             accumulate(gram, grads.view(rows, -1), max_memory)
         return gram
+
+    def cross_gram(self, other: Record, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J K^T`` in the cheaper of the factorised and the materialised form."""
+        if (
+            not isinstance(other, ConvRecord)
+            or (self._weight, self._bias, self._shape) != (other._weight, other._bias, other._shape)
+            or self._x.dtype != other._x.dtype
+        ):
+            return super().cross_gram(other, dtype, max_memory)
+        gram = self._x.new_zeros(self.num_rows, other.num_rows, dtype=dtype)
+        if self._bias is not None:
+            accumulate_cross(gram, self._bias_grads(), other._bias_grads(), max_memory)
+        if self._weight is None:
+            return gram
+        rows = (self.num_rows, other.num_rows)
+        positions = (self._merged * self._g[0, 0].numel(), other._merged * other._g[0, 0].numel())
+        out_channels, features = self._shape.weight_shape[0], self._shape.weight_shape[1:].numel()
+        if self._shape.groups == 1 and cross_is_cheaper_factorized(rows, positions, features, out_channels):
+            return gram + self._as_linear(None).cross_gram(other._as_linear(None), dtype, max_memory)
+        # The same channels of both at a time: their number must not depend on the side.
+        pieces = (record._weight_grads(max_memory // 4, max(rows)) for record in (self, other))
+        for mine, others in zip(*pieces, strict=True):
+            accumulate_cross(gram, as_rows(mine), as_rows(others), max_memory)
+        return gram
+
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Names, the convolution and the number of rows; inputs and output gradients."""
+        return (self._weight, self._bias, self._shape, self.num_rows), (self._x, self._g)
+
+    @classmethod
+    def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "ConvRecord":
+        """Join them again."""
+        weight, bias, shape, rows = options
+        inputs, grads = tensors
+        return ConvRecord(weight, bias, inputs, grads, shape, rows)
 
     def _as_linear(self, bias: str | None) -> LinearRecord:
         """The same layer as a linear map of its patches, positions shared; of an ungrouped convolution."""

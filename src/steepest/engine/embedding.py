@@ -53,6 +53,30 @@ class EmbeddingRecord(Record):
             gram[chunk] = products.view(-1, shared, rows, shared).sum((1, 3))
         return gram
 
+    def cross_gram(self, other: Record, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``sum_st [token_ns = token_mt] (g_ns . h_mt)``, or through explicit gradients of a small table."""
+        size, shared = self.shapes[self._weight][0], self._tokens.shape[1]
+        if not isinstance(other, EmbeddingRecord) or size < shared * other._tokens.shape[1]:
+            return super().cross_gram(other, dtype, max_memory)
+        tokens, h = other._tokens.flatten(), other._g.flatten(0, 1).to(dtype)
+        gram = h.new_empty(self.num_rows, other.num_rows)
+        row_bytes = 2 * shared * len(tokens) * dtype.itemsize
+        for chunk in column_chunks(self.num_rows, row_bytes, min(max_memory, CHUNK_BYTES)):
+            products = self._g[chunk].flatten(0, 1).to(dtype) @ h.T
+            products *= self._tokens[chunk].reshape(-1, 1) == tokens
+            gram[chunk] = products.view(-1, shared, other.num_rows, other._tokens.shape[1]).sum((1, 3))
+        return gram
+
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Name and number of tokens of the table; tokens and output gradients."""
+        return (self._weight, self.shapes[self._weight][0]), (self._tokens, self._g)
+
+    @classmethod
+    def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "EmbeddingRecord":
+        """Join them again."""
+        tokens, grads = tensors
+        return EmbeddingRecord(options[0], tokens, grads, options[1])
+
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """One weighted scatter."""
         g = (self._g * weights.to(self._g.dtype).view(-1, 1, 1)).flatten(0, 1)

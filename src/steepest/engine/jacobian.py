@@ -112,6 +112,11 @@ class Jacobian:
         return dict(self._shapes)
 
     @property
+    def records(self) -> tuple[Record, ...]:
+        """The records of disjoint groups of parameters."""
+        return self._records
+
+    @property
     def max_memory(self) -> int:
         """Bytes that the temporaries of `gram` may take."""
         return self._max_memory
@@ -170,6 +175,49 @@ class Jacobian:
         for part in parts:
             gram += part
         return gram
+
+    @caller_independent
+    def cross_gram(self, other: "Jacobian", precision: Precision = "float64") -> Tensor:
+        """Return ``J K^T`` with the Jacobian K of other rows, layer by layer in the cheaper of two exact forms.
+
+        Args:
+            other: K, of the same parameters.
+            precision: Precision of products and accumulation, as in `gram`.
+
+        Returns:
+            ``[R, rows of K]`` in that precision.
+
+        Raises:
+            InvalidOptionError: If ``precision`` is something else, or K has other parameters.
+        """
+        check_choice("precision", precision, ("float64", "float32"))
+        if other.shapes != self.shapes:
+            odd = sorted(n for n in {*self._shapes, *other.shapes} if self._shapes.get(n) != other.shapes.get(n))
+            raise InvalidOptionError(
+                f"Two Jacobians of different parameters have no products: {', '.join(map(repr, odd))} is missing in "
+                "one of them or has another shape. Make both with the same params, and restrict both alike."
+            )
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        gram = torch.zeros(self._num_rows, other.num_rows, dtype=dtype, device=self._device)
+        for record in self._records:
+            for theirs in other.records:
+                if not set(record.names).isdisjoint(theirs.names):
+                    gram += record.cross_gram(theirs, dtype, self._max_memory)
+        return gram
+
+    @caller_independent
+    def normal_equations(self, rhs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return ``J^T J`` and ``J^T r``, which are small where there are more rows than parameters.
+
+        Args:
+            rhs: r, ``[R]``.
+            dtype: dtype of the products.
+
+        Returns:
+            ``[P, P]`` and ``[P]``, parameters in the order of `to_dense`.
+        """
+        dense = self.to_dense(dtype)
+        return dense.T @ dense, dense.T @ rhs.to(dtype)
 
     @caller_independent
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:

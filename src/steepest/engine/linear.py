@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from steepest._typing import Sharing
+from steepest.engine.cross import explicit_cross, factorized_cross
 from steepest.engine.layout import Layout
 from steepest.engine.records import (
     CHUNK_BYTES,
@@ -20,7 +21,7 @@ from steepest.engine.records import (
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
 from steepest.linalg.outer import outer
 
-__all__ = ["LinearRecord", "LinearUse", "factorized_is_cheaper", "linear"]
+__all__ = ["LinearRecord", "LinearUse", "cross_is_cheaper_factorized", "factorized_is_cheaper", "linear"]
 
 # Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form costs this many of the materialised
 # form's, which writes every per-sample gradient to memory and reads it back.
@@ -43,6 +44,26 @@ def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out
     factorized = rows * rows * shared * shared * (features_in + features_out + 2)
     materialized = features_in * features_out * rows * (shared + rows)
     return _FACTORIZED_COST * factorized < materialized
+
+
+def cross_is_cheaper_factorized(
+    rows: tuple[int, int], shared: tuple[int, int], features_in: int, features_out: int
+) -> bool:
+    """Choose between the two forms of the products of a layer's rows with other rows.
+
+    Args:
+        rows: Number of rows on both sides.
+        shared: Positions on both sides that share the weight.
+        features_in: Input features.
+        features_out: Output features.
+
+    Returns:
+        As `factorized_is_cheaper`, where both sides are the same; always True without shared positions.
+    """
+    factorized = rows[0] * rows[1] * shared[0] * shared[1] * (features_in + features_out + 2)
+    formed = rows[0] * shared[0] + rows[1] * shared[1]
+    materialized = features_in * features_out * (formed + rows[0] * rows[1])
+    return shared == (1, 1) or _FACTORIZED_COST * factorized < materialized
 
 
 class LinearRecord(Record):
@@ -115,6 +136,27 @@ class LinearRecord(Record):
         if self._bias is not None:
             accumulate(gram, self._g.sum(1), max_memory)
         return gram
+
+    def cross_gram(self, other: Record, dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J K^T`` in the cheaper of the factorised and the materialised form."""
+        if not isinstance(other, LinearRecord) or other.parts()[0] != self.parts()[0]:
+            return super().cross_gram(other, dtype, max_memory)
+        if self._weight is None:
+            return self._g.sum(1).to(dtype) @ other._g.sum(1).to(dtype).T
+        limit, bias = min(max_memory, CHUNK_BYTES), self._bias is not None
+        rows, shared = (self.num_rows, other.num_rows), (self._x.shape[1], other._x.shape[1])
+        cheaper = cross_is_cheaper_factorized(rows, shared, self._x.shape[2], self._g.shape[2])
+        form = factorized_cross if cheaper else explicit_cross
+        return form((self._x, self._g), (other._x, other._g), bias, dtype, limit)
+
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Names; inputs and output gradients."""
+        return (self._weight, self._bias), (self._x, self._g)
+
+    @classmethod
+    def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "LinearRecord":
+        """Join them again."""
+        return LinearRecord(*options, *tensors)
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """``(diag(w) G)^T X``: one matrix product."""

@@ -7,7 +7,7 @@ the product J^T w is the layer's weight gradient with weighted output gradients,
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "MaterializedRecord",
     "Record",
     "accumulate",
+    "accumulate_cross",
     "as_rows",
     "at_least_float32",
     "column_chunks",
@@ -81,6 +82,11 @@ class Record(ABC):
     num_rows: int
     _like: Tensor  # of the gradients' dtype and device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the gradients."""
+        return self._like.dtype
+
     @abstractmethod
     def per_sample_grads(self) -> dict[str, Tensor]:
         """Gradient of each row, ``[R, *shape]`` for each name."""
@@ -105,6 +111,25 @@ class Record(ABC):
     @abstractmethod
     def restrict(self, index: Mapping[str, Tensor]) -> "Record":
         """Keep output rows (dimension 0), given by name; the same for names that are coupled."""
+
+    @abstractmethod
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """What `of_parts` makes the same record of: names and sizes that can be pickled, and tensors."""
+
+    @classmethod
+    @abstractmethod
+    def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "Record":
+        """Make a record of its `parts`, perhaps in another process."""
+
+    def cross_gram(self, other: "Record", dtype: torch.dtype, max_memory: int) -> Tensor:
+        """``J K^T`` with other rows K of the same parameters, ``[R, R']``: here by explicit gradients of some rows."""
+        gram = self._like.new_zeros(self.num_rows, other.num_rows, dtype=dtype)
+        common = [name for name in self.names if name in other.names]
+        for rows, grads in self._in_pieces(max_memory // 2):
+            for columns, others in other._in_pieces(max_memory // 2):
+                for name in common:
+                    accumulate_cross(gram[rows, columns], as_rows(grads[name]), as_rows(others[name]), max_memory)
+        return gram
 
     def row_bytes(self) -> int:
         """Memory that the explicit gradient of one row takes while it is made."""
@@ -197,6 +222,15 @@ class MaterializedRecord(Record):
         for grad in self._grads.values():
             accumulate(gram, grad.reshape(self.num_rows, -1), max_memory)
         return gram
+
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """Names, and a tensor for each."""
+        return self.names, tuple(self._grads.values())
+
+    @classmethod
+    def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "MaterializedRecord":
+        """Join them again."""
+        return MaterializedRecord(dict(zip(options, tensors, strict=True)))
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """``J^T w`` as one product per parameter."""
@@ -311,3 +345,17 @@ def accumulate(gram: Tensor, matrix: Tensor, max_memory: int) -> None:
     for columns in column_chunks(matrix.shape[1], matrix.shape[0] * gram.itemsize, limit):
         add_outer(gram, matrix[:, columns].to(gram.dtype))
     mirror_upper(gram)
+
+
+def accumulate_cross(gram: Tensor, left: Tensor, right: Tensor, max_memory: int) -> None:
+    """Add ``left @ right.T`` to ``gram`` in place, in the Gram's precision, a few columns at a time.
+
+    Args:
+        gram: ``[R, R']``.
+        left: ``[R, columns]``.
+        right: ``[R', columns]``.
+        max_memory: Bytes allowed for a chunk of both in the Gram's precision.
+    """
+    limit = min(max_memory, CHUNK_BYTES)
+    for columns in column_chunks(left.shape[1], (len(left) + len(right)) * gram.itemsize, limit):
+        gram.addmm_(left[:, columns].to(gram.dtype), right[:, columns].to(gram.dtype).T)

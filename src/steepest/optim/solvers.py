@@ -109,8 +109,8 @@ class TruncatedEigh:
         Returns:
             The direction with the spectrum.
         """
-        gram = Gram(jacobian, self.form, self.precision)
-        return gram.solve(rhs, rank=self.rank, rtol=self.rtol, exponent=self.exponent)
+        gram = Gram(jacobian, rhs, self.form, self.precision)
+        return gram.solve(rank=self.rank, rtol=self.rtol, exponent=self.exponent)
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Damped:
         Returns:
             The direction; with the spectrum where it was needed.
         """
-        gram = Gram(jacobian, self.form, self.precision)
+        gram = Gram(jacobian, rhs, self.form, self.precision)
         mean = gram.matrix.diagonal().sum() / jacobian.num_rows
         if self.relative_to == "mean" and self.exponent == 1:
-            solved = damped_solve(gram.matrix, gram.project(rhs), self.damping * mean)
+            solved = damped_solve(gram.matrix, gram.rhs, self.damping * mean)
             if solved is not None:
                 return gram.solution(solved, len(solved), None)
         scale = mean if self.relative_to == "mean" else None
-        return gram.solve(rhs, damping=self.damping, scale=scale, exponent=self.exponent)
+        return gram.solve(damping=self.damping, scale=scale, exponent=self.exponent)
 
 
 class Gram:
@@ -177,29 +177,29 @@ class Gram:
 
     Args:
         jacobian: J.
+        rhs: ``[R]``.
         form: Which of the two.
         precision: Precision of the products.
+
+    Attributes:
+        matrix: The Gram.
+        rhs: The right-hand side in the Gram's space.
+        noise_floor: Relative size below which singular values are rounding.
     """
 
-    def __init__(self, jacobian: Jacobian, form: Form, precision: Precision) -> None:
+    def __init__(self, jacobian: Jacobian, rhs: Tensor, form: Form, precision: Precision) -> None:
         self._jacobian = jacobian
-        self._dense: Tensor | None = None
         dtype = torch.float64 if precision == "float64" else torch.float32
-        if form == "primal" or (form == "auto" and jacobian.num_rows > jacobian.num_parameters):
-            self._dense = jacobian.to_dense(dtype)
-            self.matrix = self._dense.T @ self._dense
+        self._primal = form == "primal" or (form == "auto" and jacobian.num_rows > jacobian.num_parameters)
+        if self._primal:
+            self.matrix, self.rhs = jacobian.normal_equations(rhs, dtype)
         else:
-            self.matrix = jacobian.gram(precision)
+            self.matrix, self.rhs = jacobian.gram(precision), rhs.to(dtype)
         self.noise_floor = max(torch.finfo(dtype).eps ** 0.5, 32 * torch.finfo(jacobian.dtype).eps)
-
-    def project(self, rhs: Tensor) -> Tensor:
-        """Bring a vector of row space to the Gram's space."""
-        rhs = rhs.to(self.matrix.dtype)
-        return rhs if self._dense is None else self._dense.T @ rhs
 
     def solution(self, solved: Tensor, rank: int, spectrum: Tensor | None) -> Solution:
         """Wrap a solution in the Gram's space."""
-        if self._dense is not None:
+        if self._primal:
             norm = float(torch.linalg.vector_norm(solved))
             explicit = unflatten(solved, self._jacobian)
             return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, norm, explicit=explicit)
@@ -209,7 +209,6 @@ class Gram:
 
     def solve(
         self,
-        rhs: Tensor,
         *,
         rank: int | None = None,
         rtol: float = 0.0,
@@ -220,7 +219,6 @@ class Gram:
         """Filter the spectrum.
 
         Args:
-            rhs: ``[R]``.
             rank: How many directions to keep at most.
             rtol: Relative truncation.
             damping: Relative damping.
@@ -238,7 +236,7 @@ class Gram:
         inverse, kept = spectral_filter(values, rank=rank, rtol=rtol, damping=absolute, exponent=exponent, floor=floor)
         # Both forms apply f(s) / s to the projected right-hand side: J^T U (f / s) U^T R = V (f / s) V^T J^T R.
         weights = torch.where(inverse > 0, inverse / values, 0)
-        solved = vectors @ (weights * (vectors.T @ self.project(rhs)))
+        solved = vectors @ (weights * (vectors.T @ self.rhs))
         return self.solution(solved, kept, values.double())
 
 

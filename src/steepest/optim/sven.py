@@ -1,5 +1,6 @@
 """Sven: singular value descent."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,14 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from steepest._validation import check_choice, check_integer, check_real
+from steepest.distributed.jacobian import SpreadJacobian
+from steepest.distributed.ranks import Ranks, Traffic
 from steepest.engine import Capture, Jacobian, ReferenceCapture, Rows, named_trainable
 from steepest.errors import ClosureError, InvalidOptionError, NonFiniteError
 from steepest.optim._apply import check_magnitude, decay
 from steepest.optim.rows import RowKind, conditions, mean_loss
 from steepest.optim.solvers import Damped, Solution, Solver, TruncatedEigh
+from steepest.optim.together import Conditions, decide, fingerprints, share, solver_name
 
 __all__ = ["Sven", "SvenDiagnostics"]
 
@@ -26,7 +31,7 @@ class SvenDiagnostics:
     """What the last step did.
 
     Args:
-        rows: Number of conditions R.
+        rows: Number of conditions R, of all processes.
         rank: Singular directions used.
         spectrum: Singular values of J, largest first, float64; None where the solver needs none.
         noise_floor: Relative size below which singular values are rounding.
@@ -57,6 +62,26 @@ class Sven(Optimizer):
 
     Rows are ``l ** (kappa / 2)`` of the unreduced losses, or signed residuals r where the loss is r^2
     (``rows="residuals"``). Several kinds of conditions (equation, boundary, data) are given as a dict of named blocks.
+
+    Several processes: where `torch.distributed` has a process group, every process calls `step` with a closure of its
+    own part of the batch (parts may differ in size, none may be empty), and all of them take the step that one process
+    would take with the whole batch. The model is plain: there is no backward that `DistributedDataParallel` could
+    average, and of such a wrapper the inner module is trained. Rows are ordered by rank, those of a rank in the order
+    of its blocks; a block that only some ranks have is allowed. What comes back is the mean loss of the whole batch.
+    Parameters must start equal, which the first step checks, and every step checks options, learning rates and state;
+    it ends with the same bits everywhere, because rank 0's solution is used. What fails on one rank raises on all
+    (`NonFiniteError` is skipped on all), with nothing changed.
+
+    Each rank forms a share of the Gram ``J J^T``: layer by layer the ranks send each other what the engine recorded,
+    or explicit gradients where these are smaller, every pair of ranks once; so of W ranks each sends its own records
+    (W - 1) / 2 times on average, and holds those of two others at a time, of one layer. Then, with R rows in all, M on
+    the rank with most, P parameters of s bytes (of a ``fraction`` those that are kept), Gram numbers of g bytes (8, or
+    4 with precision "float32") and K reported singular values, it gives to each step's collectives
+    ``M (R + 1) g + M s`` gathered, ``P s + 8`` summed and ``64 + 8 R + 8 K`` broadcast bytes; in primal form nothing is
+    sent, and it gives ``M s``, ``(P^2 + P) g`` and ``64 + P s + 8 K``. A few kilobytes of descriptions come on top.
+    `TruncatedSVD` and `RandomizedSVD` gather J itself on every rank, ``M P s``. `traffic` counts. A solver of one's own
+    sees a Jacobian of all rows, whose methods every rank must call alike; if it fails between them on one rank alone,
+    the others wait.
 
     Args:
         model: The model, whose layers the engine must support (see `Capture`).
@@ -140,12 +165,23 @@ class Sven(Optimizer):
         self._seed = check_integer("seed", seed, low=0)
         self._skip = on_nonfinite == "skip"
         self._model = model
+        self._wrapper: DistributedDataParallel | None = None
+        if isinstance(model, DistributedDataParallel):
+            self._model, self._wrapper = model.module, model
+            warnings.warn(
+                "Sven trains the module inside DistributedDataParallel: it makes no gradient that the wrapper could "
+                "average, and sums over processes itself. Its state belongs to the names of model.module.",
+                UserWarning,
+                stacklevel=2,
+            )
         self._max_memory = max_memory
         if params is None:
-            params = [(n, p) for n, p in named_trainable(model, None).items()]
+            params = [(n, p) for n, p in named_trainable(self._model, None).items()]
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._capture = self._make_capture() if capture is None else capture
         self._check_capture()
+        self._traffic = Traffic()
+        self._compared = False  # the parameters of all processes, once
         self.diagnostics: SvenDiagnostics | None = None
 
     def _make_capture(self, kind: type[Capture | ReferenceCapture] = Capture) -> Capture | ReferenceCapture:
@@ -173,6 +209,11 @@ class Sven(Optimizer):
         """The engine that differentiates the rows."""
         return self._capture
 
+    @property
+    def traffic(self) -> Traffic:
+        """What this process gave to collectives so far; nothing where it is alone."""
+        return self._traffic
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more of the model's parameters.
 
@@ -189,9 +230,9 @@ class Sven(Optimizer):
         base: dict[str, Any] = super().__getstate__()
         own = (
             "_rows", "_kappa", "_solver", "_max_norm_ratio", "_fraction", "_samples_per_row", "_seed", "_skip",
-            "_model", "_max_memory", "_capture", "diagnostics",
+            "_model", "_wrapper", "_max_memory", "_capture", "_traffic", "diagnostics",
         )  # fmt: skip
-        return base | {name: self.__dict__[name] for name in own}
+        return base | {name: self.__dict__[name] for name in own} | {"_compared": False}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Rows] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -211,39 +252,80 @@ class Sven(Optimizer):
             NonFiniteError: If rows, Gram or update hold NaN or infinity and ``on_nonfinite`` is "raise".
             UnsupportedModelError: If rows interact or a parameter is used without an exact rule.
         """
-        if closure is None:
-            raise ClosureError(
-                "Sven.step() needs a closure that returns the unreduced losses: "
-                "opt.step(lambda: loss_fn(model(x), y)) with reduction='none'."
-            )
+        ranks = Ranks.current()
         try:
-            with torch.enable_grad():
-                with self.capture:
-                    output = closure()
-                rows = conditions(output, self._rows, self._kappa, self._samples_per_row)
-            index, jacobian = self._restrict(self.capture.jacobian(rows))
-            solution = self._solver.solve(jacobian, _stack(rows))
-            scale = self._guard(solution.norm)
+            if ranks is None:
+                found = self._differentiate(closure)
+                jacobian, rhs, loss = found.jacobian, found.rhs, mean_loss(found.output, self._rows)
+            else:
+                ranks.traffic = self._traffic
+                prints = None if self._compared else lambda: fingerprints(self._model, self.capture.params)
+                settings = self._settings()
+                jacobian, rhs, loss = share(ranks, lambda: self._differentiate(closure), self._rows, settings, prints)
+                self._compared = True
+            index, jacobian = self._restrict(jacobian)
+            if ranks is None:
+                solution, scale = self._solve(jacobian, rhs)
+            else:
+                solution, scale = decide(ranks, jacobian, lambda: self._solve(jacobian, rhs))
             rate = max(float(group["lr"]) for group in self.param_groups)
             remedy = "lower lr, raise rtol, or use steepest.Damped"
             check_magnitude(solution.magnitude * max(rate, 1.0), jacobian.dtype, remedy)
         except NonFiniteError as error:
             if not self._skip:
                 raise
-            self._memory["num_skipped"] += 1
+            self._change(num_skipped=self._memory["num_skipped"] + 1)
             warnings.warn(f"Step skipped: {error}", RuntimeWarning, stacklevel=3)
             return None
         self._apply(solution, scale, index)
         self._remember(solution, scale)
-        return mean_loss(output, self._rows)
+        return loss
+
+    def _differentiate(self, closure: Callable[[], Rows] | None) -> Conditions:
+        """Run the closure once, and one backward."""
+        if closure is None:
+            raise ClosureError(
+                "Sven.step() needs a closure that returns the unreduced losses: "
+                "opt.step(lambda: loss_fn(model(x), y)) with reduction='none'."
+            )
+        # A wrapper called in the closure would wait for gradients that never come.
+        quiet = contextlib.nullcontext() if self._wrapper is None else self._wrapper.no_sync()
+        with torch.enable_grad():
+            with quiet, self.capture:
+                output = closure()
+            rows = conditions(output, self._rows, self._kappa, self._samples_per_row)
+        return Conditions(output, self.capture.jacobian(rows), _stack(rows))
+
+    def _solve(self, jacobian: Jacobian, rhs: Tensor) -> tuple[Solution, float]:
+        solution = self._solver.solve(jacobian, rhs)
+        return solution, self._guard(solution.norm)
+
+    def _settings(self) -> dict[str, object]:
+        """What must be the same on all processes, or they would part."""
+        return {
+            "rows": self._rows,
+            "kappa": self._kappa,
+            "samples_per_row": self._samples_per_row,
+            "solver": solver_name(self._solver),
+            "fraction": self._fraction,
+            "seed": self._seed,
+            "max_norm_ratio": self._max_norm_ratio,
+            "on_nonfinite": "skip" if self._skip else "raise",
+            "lr": [float(group["lr"]) for group in self.param_groups],
+            "weight_decay": [float(group["weight_decay"]) for group in self.param_groups],
+            "number of steps": self._memory["step"],
+            "state of the norm guard": self._memory["norm_mean"],
+        }
 
     @property
     def _memory(self) -> dict[str, Any]:
         """State of the optimizer as a whole; kept with the first parameter, as in torch.optim.LBFGS."""
-        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
-        if not state:
-            state.update(step=0, norm_mean=0.0, num_clipped=0, num_skipped=0)
-        return state
+        start: dict[str, Any] = {"step": 0, "norm_mean": 0.0, "num_clipped": 0, "num_skipped": 0}
+        return self.state.get(self.param_groups[0]["params"][0]) or start
+
+    def _change(self, **values: Any) -> None:
+        """Change that state, which is there from the first step on that does something."""
+        self.state[self.param_groups[0]["params"][0]] = {**self._memory, **values}
 
     def _restrict(self, jacobian: Jacobian) -> tuple[dict[str, Tensor], Jacobian]:
         """Choose this step's random output rows; the choice follows from seed and step, so a resumed run repeats it."""
@@ -271,7 +353,8 @@ class Sven(Optimizer):
     def _apply(self, solution: Solution, scale: float, index: Mapping[str, Tensor]) -> None:
         names = {id(p): name for name, p in self.capture.params.items()}
         groups = [(group, [names[id(p)] for p in group["params"]]) for group in self.param_groups]
-        if solution.weights is not None and not index:  # straight into the parameters, no copy of d
+        alone = not isinstance(solution.jacobian, SpreadJacobian)
+        if solution.weights is not None and not index and alone:  # straight into the parameters, no copy of d
             for group, _ in groups:
                 decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
             alphas = {name: -float(group["lr"]) * scale for group, trained in groups for name in trained}
@@ -285,9 +368,12 @@ class Sven(Optimizer):
 
     def _remember(self, solution: Solution, scale: float) -> None:
         memory = self._memory
-        memory["step"] += 1
-        memory["norm_mean"] = NORM_DECAY * memory["norm_mean"] + (1 - NORM_DECAY) * solution.norm * scale
-        memory["num_clipped"] += scale < 1
+        self._change(
+            step=memory["step"] + 1,
+            norm_mean=NORM_DECAY * memory["norm_mean"] + (1 - NORM_DECAY) * solution.norm * scale,
+            num_clipped=memory["num_clipped"] + (scale < 1),
+        )
+        memory = self._memory
         self.diagnostics = SvenDiagnostics(
             rows=solution.jacobian.num_rows,
             rank=solution.rank,
