@@ -430,16 +430,3 @@ def test_one_process_of_ddp_trains_as_the_model_alone(tmp_path: Path, unused: bo
     finally:
         torch.distributed.destroy_process_group()
     assert_identical(state_of(alone), state_of(wrapped))
-
-
-@pytest.mark.parametrize("kind", [st.KFAC, st.FOP])
-def test_several_processes_are_refused(kind: type[st.KFAC], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, y = build("linear", 8)
-    opt = kind(model)
-    backward(model, x, y)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    before = state_of(model)
-    with pytest.raises(InvalidOptionError, match="one of 2 processes"):
-        opt.step()
-    assert_identical(before, state_of(model))

@@ -189,13 +189,40 @@ class FrequentDirections:
             )
         if other is self:  # its rows would change while they are read
             other = copy.deepcopy(self)
-        total = _finite(self._squared_norm + other._squared_norm)
-        rows = {name: block[: other._filled] for name, block in other._blocks.items()}
+        self.absorb(other.summary(), other.rows())
+
+    def summary(self) -> dict[str, Any]:
+        """What another process has to know to `absorb` this sketch beside its `rows`: plain values, widths by block."""
+        return {
+            "num_rows": self._num_rows,
+            "squared_norm": self._squared_norm,
+            "taken": self._taken,
+            "filled": self._filled,
+            "columns": {name: block.shape[1] for name, block in self._blocks.items()},
+        }
+
+    def rows(self) -> dict[str, Tensor]:
+        """What stands for the rows inserted so far, by block: contiguous views, at most 2l, or l after `compress`."""
+        return {name: block[: self._filled] for name, block in self._blocks.items()}
+
+    @torch.no_grad()
+    def absorb(self, summary: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
+        """As `merge`, of a sketch that lies elsewhere; it must have the same options.
+
+        Args:
+            summary: What `summary` said of it.
+            rows: Its `rows`.
+
+        Raises:
+            InvalidOptionError: If its columns are others.
+            NonFiniteError: If both together are too large for float32; nothing is changed then.
+        """
+        total = _finite(self._squared_norm + summary["squared_norm"])
         if rows:
             self._append(self._checked(rows.get(_FLAT, rows)))
-        self._num_rows += other._num_rows
+        self._num_rows += summary["num_rows"]
         self._squared_norm = total
-        self._taken += other._taken
+        self._taken += summary["taken"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of the sketch, to go on bit by bit as if nothing had happened; a copy."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from steepest.linalg.power import lp_direction, lp_weights
 from steepest.optim._apply import decay
 
-__all__ = ["LpStep", "all_finite", "update_differentiably", "update_rows"]
+__all__ = ["LpStep", "all_finite", "doubtful", "update_differentiably", "update_rows"]
 
 # torch gives one thread so many elements at least.
 _GRAIN = 1 << 15
@@ -62,6 +62,23 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         if not all(tensor.isfinite().all() for tensor in numbers):
             return False
     return True
+
+
+def doubtful(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether `all_finite` might find NaN or infinity, without waiting for the device.
+
+    Args:
+        tensors: As there.
+        device: Where to have the answer.
+
+    Returns:
+        float32: 0 for certainly not, 1 where some norm is not finite.
+    """
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for same in _by_kind((tensor,) for tensor in tensors):
+        norms = torch.stack(torch._foreach_norm([tensor for (tensor,) in same]))
+        found = found | ~norms.isfinite().all().to(device)
+    return found.float()
 
 
 def _by_kind(rows: Iterable[tuple[Tensor, ...]]) -> Iterable[list[tuple[Tensor, ...]]]:

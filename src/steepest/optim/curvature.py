@@ -10,7 +10,7 @@ from torch import Tensor
 from steepest._typing import Sharing
 from steepest.engine.records import Record
 from steepest.linalg.decompositions import CorrectedEigen, Decomposition
-from steepest.linalg.kronecker import DecompositionError, KroneckerSolver
+from steepest.linalg.kronecker import KroneckerSolver
 
 __all__ = ["CURVATURE_KEYS", "Curvature", "Gathered"]
 
@@ -67,7 +67,7 @@ class Curvature:
         input_factor: Sum of past A with falling weights; `corrected` divides by the weights.
         grad_factor: Likewise of S.
         weight: Sum of the weights: 1 - factor_decay ** k after k updates at one decay.
-        decomposition: The decomposition in use, None before the first.
+        decomposition: The decomposition in use, None before the first, and where another process keeps it.
         age: Updates since the factors were decomposed.
         updates: Updates so far.
         failures: Decompositions that failed in a row.
@@ -115,6 +115,11 @@ class Curvature:
             before.failures,
         )
 
+    @staticmethod
+    def unknown() -> "Curvature":
+        """A placeholder where something went wrong, which no step uses."""
+        return Curvature(torch.empty(0), torch.empty(0), 1.0)
+
     @property
     def basis(self) -> Decomposition:
         """The decomposition in use.
@@ -126,42 +131,53 @@ class Curvature:
             raise RuntimeError("a curvature was used before it was decomposed")
         return self.decomposition
 
-    def is_stale(self, period: int) -> bool:
-        """Whether the factors are to be decomposed again.
+    @staticmethod
+    def is_stale(age: int, updates: int, period: int) -> bool:
+        """Whether factors are to be decomposed again, which all processes tell from these numbers alone.
 
         The first factors are one batch's, so the first decompositions are renewed sooner: after the 1st, 2nd, 4th,
         8th, ... update, until the period is reached.
 
         Args:
+            age: Updates since they were decomposed.
+            updates: Updates so far.
             period: Updates between two decompositions.
 
         Returns:
             Whether it is time.
         """
-        return self.decomposition is None or self.age >= min(period, (self.updates + 1) // 2)
+        return age >= min(period, (updates + 1) // 2)
 
-    def decomposed(self, solver: KroneckerSolver, damping: float | Tensor) -> "Curvature":
-        """Decompose the factors; where that fails the last good decomposition stays in use.
+    def decompose(self, solver: KroneckerSolver, damping: float | Tensor) -> Decomposition:
+        """Decompose the factors.
 
         Args:
             solver: How.
             damping: For solvers that damp before they decompose.
 
         Returns:
-            The new curvature.
-
-        Raises:
-            DecompositionError: If there is no good decomposition, or it failed too often in a row.
+            The decomposition, to be taken up by `renewed`.
         """
-        try:
-            found = solver.decompose(
-                self.input_factor / self.weight, self.grad_factor / self.weight, damping, self.decomposition
-            )
-        except DecompositionError:
-            if self.decomposition is None or self.failures + 1 >= _MAX_FAILURES:
-                raise
-            return replace(self, failures=self.failures + 1)
+        return solver.decompose(
+            self.input_factor / self.weight, self.grad_factor / self.weight, damping, self.decomposition
+        )
+
+    def renewed(self, found: Decomposition | None) -> "Curvature":
+        """Take up a new decomposition; None where another process keeps it."""
         return replace(self, decomposition=found, age=0, failures=0)
+
+    def without_decomposition(self) -> "Curvature":
+        """Leave the decomposition to another process."""
+        return self if self.decomposition is None else replace(self, decomposition=None)
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether there is a good decomposition, and not too old a one, to go on with."""
+        return self.decomposition is not None and self.failures + 1 < _MAX_FAILURES
+
+    def failed(self) -> "Curvature":
+        """Go on with the last good decomposition."""
+        return replace(self, failures=self.failures + 1)
 
     def state(self) -> dict[str, Any]:
         """What a state_dict keeps."""

@@ -1,7 +1,7 @@
 """FOP: KFAC whose direction is corrected by what two halves of a batch disagree about."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from steepest._validation import check_choice
 from steepest.engine.records import Record
 from steepest.errors import CaptureError, InvalidOptionError
-from steepest.optim.blocks import Block
-from steepest.optim.curvature import Curvature
+from steepest.optim.combining import Sums
 from steepest.optim.kfac import KFAC
+from steepest.optim.plan import Draft, Planned
 from steepest.optim.projection import Metric, Total, project_gradients
+from steepest.optim.shards import Found
 
 __all__ = ["FOP", "LayerDiagnostics"]
 
@@ -56,6 +57,12 @@ class FOP(KFAC):
 
     With BatchNorm in train mode the halves are a split of one joint gradient, since the statistics join them;
     `sub_batch` gives two independent batches. A batch of one sample has no halves and takes KFAC's step.
+
+    Several processes: as in `KFAC`. The halves are those of all samples in the order of the ranks, for every backward:
+    the first half of the ranks brings its local gradients, and the middle one of an odd number that of its own first
+    half. So g1 and g2 are those of the paper's primary and secondary groups. `sub_batch` gives the means over the ranks
+    of each pass. Beside KFAC's, each rank gives ``8 (2 + B)`` bytes of counts and w n m for each layer to collectives
+    in every step, and 4 w for each layer with "sharded".
 
     Args:
         model: As in `KFAC`.
@@ -181,70 +188,79 @@ class FOP(KFAC):
         return lambda record: _call(method(), record)
 
     def _on_record(self, record: Record) -> None:
-        """Keep the gradient of the first half of the batch."""
+        """Keep the gradient of the first half of the batch, or of what this rank has of it."""
         if self._inside is not None:
             return
-        name, count = record.names[0], record.num_rows // 2
+        name, count = record.names[0], _first_rows(record.num_rows, *self._crew.place)
         past = self._halves.setdefault(name, None)
         if count:
-            half = self._blocks[name].join(record.take(slice(0, count)).summed())
+            part = record if count == record.num_rows else record.take(slice(0, count))
+            half = self._blocks[name].join(part.summed())
             self._halves[name] = half if past is None else past.add_(half)
 
-    def _take_step(self) -> None:
-        found, self._found = self._found, {}
-        try:
-            super()._take_step()
-        except BaseException:
-            self._found = found
-            raise
-        finally:
-            self._reset()
+    def _more_counts(self) -> dict[str, list[float]]:
+        return {
+            "passes": [float(index in self._passes) for index in (0, 1)],
+            "halves": [float(name in self._halves) for name in self._blocks],
+        }
 
-    def _direction(self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any]) -> Tensor:
-        """The preconditioned combined gradient of a layer, times its eta."""
-        direction, found = project_gradients(
-            curvature.basis,
-            gradient,
-            self._difference(block, gradient),
-            group["damping"],
-            metric=self._metric,
-            total=self._total,
-        )
-        self._found[block.name] = torch.stack([found.r, found.correction, found.eta, found.gate.to(found.r)])
-        return direction
+    def _check_counts(self, totals: Mapping[str, Sequence[float]], reached: Sequence[str]) -> None:
+        if totals["passes"] not in ([0, 0], [self._crew.place[1]] * 2):
+            raise CaptureError(
+                "Only one of the two sub-batches was given: use sub_batch(0) and sub_batch(1) in every step"
+                f"{'' if self._crew.ranks is None else ', on every rank'}."
+            )
+        seen = dict(zip(self._blocks, totals["halves"], strict=True))
+        for name in reached:
+            if not totals["passes"][0] and not seen[name]:
+                raise CaptureError(
+                    f"Layer {self._blocks[name].name!r} has a gradient and its forward was not seen in this step: call "
+                    "the model itself in the loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
+                )
 
-    def _difference(self, block: Block, gradient: Tensor) -> Tensor:
-        """A gradient that stands for ``g1 - g2``: that of the first half.
+    def _extras(self, reached: Sequence[str]) -> dict[str, Tensor | None]:
+        """For every layer a gradient that stands for ``g1 - g2``: that of the first half.
 
         The projection leaves of a difference the part perpendicular to ``g_avg``, of whatever size. As ``g1 - g2`` is
         a sum of multiples of g1 and g_avg, g1 leaves the same; and neither loss scales nor clipping, which change
         ``p.grad`` after it was captured, change that part's direction.
 
         Args:
-            block: The layer.
-            gradient: ``g_avg``.
+            reached: Names of the weights of the layers that have a gradient.
 
         Returns:
-            A matrix like ``gradient``, zero where there are no halves.
-
-        Raises:
-            CaptureError: If the halves of this step were not seen.
+            Matrices like the gradients; None where there are no halves.
         """
-        name = block.names[0]
-        if self._passes:
-            if self._passes.keys() != {0, 1}:
-                raise CaptureError(
-                    "Only one of the two sub-batches was given: use sub_batch(0) and sub_batch(1) in every step."
-                )
-            first = self._passes[0].get(name)
-        elif name in self._halves:
-            first = self._halves[name]
-        else:
-            raise CaptureError(
-                f"Layer {block.name!r} has a gradient and its forward was not seen in this step: call the model itself "
-                "in the loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
-            )
-        return torch.zeros_like(gradient) if first is None else first.to(gradient)
+        found = self._passes.get(0, {}) if self._passes else self._halves
+        return {name: found.get(name) for name in reached}
+
+    # r, correction, eta and gate
+    _num_found = 4
+
+    def _direction(self, draft: Draft, sums: Sums) -> Found:
+        """The preconditioned combined gradient of a layer, times its eta."""
+        first, gradient = sums.extras.get(draft.block.names[0]), draft.gradient
+        direction, found = project_gradients(
+            draft.curvature.basis,
+            gradient,
+            torch.zeros_like(gradient) if first is None else first.to(gradient),
+            draft.group["damping"],
+            metric=self._metric,
+            total=self._total,
+        )
+        return direction, torch.stack([found.r, found.correction, found.eta, found.gate.to(found.r)])
+
+    def _finish(self, plan: list[tuple[dict[str, Any], list[Planned]]], scale: float) -> None:
+        super()._finish(plan, scale)
+        layers = [layer for _, mine in plan for layer in mine]
+        self._found = {layer.block.name: layer.found for layer in layers if layer.found is not None}
+
+
+def _first_rows(rows: int, rank: int, size: int) -> int:
+    """How many of a rank's samples are in the first half of all ranks' samples: all, none or half of them."""
+    if 2 * rank + 1 == size:
+        return rows // 2
+    return rows if 2 * rank + 1 < size else 0
 
 
 def _call(method: Callable[[Record], None] | None, record: Record) -> None:

@@ -79,6 +79,7 @@ class Gathering:
         decomposition: The decomposition in use for a layer; some learn from single gradients.
         on_record: Called in every backward with what it leaves for a layer; None watches only where something is due.
         exact_rows: Whether the gradients of single samples are needed, and not only their sums over all positions.
+        place: Number of this process and how many there are, so that no two draw the same labels.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Gathering:
         decomposition: Callable[[Block], Decomposition | None],
         on_record: Callable[[Record], None] | None = None,
         exact_rows: bool = False,
+        place: Callable[[], tuple[int, int]] = lambda: (0, 1),
     ) -> None:
         self.parts: dict[str, Gathered] = {}
         self.terms = 0
         self.grad_weight = 1.0
         self._forwards = 0
         self._blocks, self._recipe = blocks, recipe
-        self._due, self._decomposition, self._on_record = due, decomposition, on_record
+        self._due, self._decomposition, self._on_record, self._place = due, decomposition, on_record, place
         self._watch = Watch(
             model,
             {name: p for block in blocks.values() for name, p in zip(block.names, block.params, strict=True)},
@@ -139,7 +141,8 @@ class Gathering:
                 "components in its last dimension: return one, or use fisher=steepest.Empirical()."
             )
         batch = _Batch(seen.output.shape[:-1].numel())
-        number, self._forwards = self._forwards, self._forwards + 1
+        rank, size = self._place()
+        number, self._forwards = self._forwards * size + rank, self._forwards + 1
         with torch.no_grad():
             for root, weight in recipe.fisher.roots(seen.output, (step, number)):
                 batch.records += [(record, weight) for record in seen.records(seen.output, root)]

@@ -1,61 +1,34 @@
 """KFAC: natural gradient with Kronecker-factored curvature, in an ordinary training loop."""
 
 import copy
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from steepest._typing import Sharing
-from steepest._validation import check_choice, check_integer, check_real
+from steepest._validation import check_choice
 from steepest.engine.records import Record
-from steepest.errors import CaptureError, InvalidOptionError, NonFiniteError
+from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.linalg.decompositions import Decomposition
-from steepest.linalg.kronecker import Cholesky, DecompositionError, Eigenbasis, KroneckerSolver
-from steepest.optim._apply import adamw_step, check_magnitude, descend
+from steepest.linalg.kronecker import Cholesky, Eigenbasis, KroneckerSolver
 from steepest.optim.blocks import Block
-from steepest.optim.curvature import CURVATURE_KEYS, Curvature
+from steepest.optim.crew import Crew, Distribution
+from steepest.optim.curvature import CURVATURE_KEYS
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.gathering import Gathering, Recipe, Reduction
-from steepest.optim.layers import LayerOptimizer
-from steepest.optim.loss_scale import captured_scale, loss_scale
-from steepest.optim.plan import Planned, clip_factor, read, total, total_norm
+from steepest.optim.periods import Period, Schedule, at_step, check_group, is_due
+from steepest.optim.shards import Shards
+from steepest.optim.stepping import KFACDiagnostics, KroneckerStep
 from steepest.optim.terms import LossTerms
 
-# One batch says little about the curvature: so many steps at the start all update the factors.
-_FIRST_STEPS = 10
 __all__ = ["KFAC", "KFACDiagnostics", "Period", "Schedule"]
 
-Schedule = float | Callable[[int], float]
-Period = int | Callable[[int], int]
 
-
-@dataclass(frozen=True)
-class KFACDiagnostics:
-    """What the last step did.
-
-    Args:
-        update_norm: Euclidean norm of the preconditioned gradient, before momentum and lr.
-        clip: Factor of kl_clip, 1 where nothing was clipped.
-        num_decompositions: Layers whose factors were decomposed in this step.
-        num_failures: Decompositions that failed and left the last good one in use, all layers and the current row
-            of failures.
-        num_skipped: Non-finite steps skipped so far.
-    """
-
-    update_norm: float
-    clip: float
-    num_decompositions: int
-    num_failures: int
-    num_skipped: int
-
-
-class KFAC(LayerOptimizer):
+class KFAC(KroneckerStep):
     r"""Natural gradient with a Kronecker-factored Fisher information, in an ordinary loop.
 
     Every Linear and convolution layer has a block :math:`F \approx A \otimes S` with A the second moment of its inputs
@@ -98,6 +71,9 @@ class KFAC(LayerOptimizer):
         adamw_weight_decay: * Its weight decay.
         grad_scaler: A `torch.amp.GradScaler`, needed only where ``scaler.unscale_(opt)`` is called in the loop.
         on_nonfinite: Whether NaN or infinity in a gradient raises, or skips the step, warns and counts.
+        distribution: Where several processes train: "replicated" decomposes and preconditions every layer on every
+            rank; "sharded" gives each layer to one rank, which alone holds its decomposition and sends its direction;
+            "hybrid" decomposes on one rank, which sends the decomposition to all.
 
     Raises:
         UnsupportedModelError: If the model is compiled.
@@ -110,6 +86,26 @@ class KFAC(LayerOptimizer):
     Gradient accumulation: divide each loss by the number of backwards, as usual. With a batch-normalised model in
     train mode gradients of single samples do not exist, and the factors are those of the normalised activations, as in
     all KFAC.
+
+    Several processes (torch.distributed): every rank takes the step of one process with all local batches put together.
+    Wrap the model in DDP, or leave it plain: then the step writes the mean gradients of all trained parameters into
+    ``p.grad`` itself, and nothing should clip them before. As in DDP they are means over ranks of the local gradients:
+    of unequal local batches the samples of a small one weigh more in the gradient, and in the factors all samples
+    alike; with ``reduction="sum"`` it is the sum over W. `MonteCarlo` draws other labels on every rank. What fails on
+    one rank, NaN or an error, raises on all, and changes no parameter and no state. A checkpoint is the same on every
+    rank, and serves any number of ranks and any ``distribution``. With "sharded", `state_dict` must be called on all.
+
+    "replicated" trusts the ranks to compute the same from the same numbers; where their devices differ, choose
+    another. The running factors are on every rank; "sharded" saves the memory of the decompositions, but not with
+    `EigenbasisCorrected`, which measures local gradients in the bases of all layers. "hybrid" is KAISA's COMM-OPT
+    (arXiv 2107.01739); the fractions of ranks between its extremes are not offered.
+
+    Bytes that each of W ranks gives to collectives, with P trained parameters, B layers, G groups of layers, and w
+    bytes for each number: in every step ``8 (5 + 4 W + P + 4 B + G)`` for counts, w for each entry of a gradient (none
+    with DDP), w n m for each layer with "sharded"; where factors are updated ``w (m (m + 1) + n (n + 1)) / 2`` (m in
+    place of ``m (m + 1) / 2`` of embeddings), and w m n with `EigenbasisCorrected`; where they are decomposed, what a
+    decomposition holds with "hybrid", and with "sharded" and `EigenbasisCorrected`. Each time of these, a few pickled
+    names and sizes come to it.
 
     References:
         Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407 (convolutions); George et al.,
@@ -136,7 +132,7 @@ class KFAC(LayerOptimizer):
     _kept: tuple[str, ...] = (
         "_recipe", "_solver", "_factor_update_steps", "_inverse_update_steps",
         "_skip_nonfinite", "_grad_scaler", "_model", "_schedules", "_assignment", "_blocks", "_constructed",
-        "diagnostics",
+        "diagnostics", "_distribution",
     )  # fmt: skip
 
     def __init__(
@@ -165,6 +161,7 @@ class KFAC(LayerOptimizer):
         adamw_weight_decay: Schedule = 0.01,
         grad_scaler: Any = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        distribution: Distribution = "replicated",
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_choice("embeddings", embeddings, ("adamw", "kronecker"))
@@ -177,7 +174,7 @@ class KFAC(LayerOptimizer):
             ("factor_update_steps", factor_update_steps),
             ("inverse_update_steps", inverse_update_steps),
         ):
-            _at(name, period, 0)
+            at_step(name, period, 0)
         self._skip_nonfinite = on_nonfinite == "skip"
         self._grad_scaler = grad_scaler
         given = {
@@ -187,15 +184,17 @@ class KFAC(LayerOptimizer):
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         numbers = {name: value(0) if callable(value) else value for name, value in given.items()}
         defaults = {**numbers, "betas": adamw_betas, "eps": adamw_eps}
-        self._gathering: Gathering | None = None
-        self.diagnostics: KFACDiagnostics | None = None
+        self._distribution = distribution
+        self._crew = Crew(model, distribution)
+        self._gathering = None
+        self.diagnostics = None
         patterns = (skip,) if isinstance(skip, str) else skip
         super().__init__(model, params, defaults, patterns, tables=embeddings == "kronecker")
 
     def _begin(self) -> None:
         """Watch the layers of all groups, in place of those watched so far."""
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
         self.close()
         # The hooks on the model must not keep the optimizer alive.
         this = weakref.ref(self)
@@ -207,7 +206,9 @@ class KFAC(LayerOptimizer):
             decomposition=lambda block: _decomposition(this(), block),
             on_record=self._listener(),
             exact_rows=not isinstance(self._solver, (Eigenbasis, Cholesky)),
+            place=lambda: _place(this()),
         )
+        self._shards = Shards(self._crew, self._solver, self._blocks)
 
     def _listener(self) -> Callable[[Record], None] | None:
         """What is to be called in every backward with what it leaves for a layer; it must not hold the optimizer."""
@@ -228,8 +229,27 @@ class KFAC(LayerOptimizer):
         super().__setstate__(state)
         if "_model" in state:
             self._rename()
+            self._crew = Crew(self._model, self._distribution)
             self._gathering = None
             self._begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, the same on every rank and for any number of them.
+
+        With "sharded" on several ranks all of them must call it, since each has some of the decompositions only.
+
+        Returns:
+            As in torch.optim.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        if self._shards.is_partial:
+            kept = {name: self.state.get(b.weight, {}).get("decomposition") for name, b in self._blocks.items()}
+            found = self._shards.missing_elsewhere({name: tensors for name, tensors in kept.items() if tensors})
+            numbers = {id(p): i for i, p in enumerate(self._trained())}
+            for name, tensors in found.items():
+                i = numbers[id(self._blocks[name].weight)]
+                saved["state"][i] = {**saved["state"][i], "decomposition": tensors}
+        return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up a saved state.
@@ -260,17 +280,6 @@ class KFAC(LayerOptimizer):
         if self._gathering is not None:
             self._gathering.clear()
 
-    @property
-    def _memory(self) -> dict[str, Any]:
-        """State of the optimizer as a whole; kept with the first parameter, as in torch.optim.LBFGS."""
-        state: dict[str, Any] = self.state[next(p for group in self.param_groups for p in group["params"])]
-        if "steps" not in state:
-            state.update(steps=0, num_skipped=0)
-        return state
-
-    def _curvature(self, block: Block) -> Curvature | None:
-        return Curvature.from_state(self.state[block.weight], self._solver)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the factors when it is time, and move the parameters.
@@ -287,15 +296,18 @@ class KFAC(LayerOptimizer):
             NonFiniteError: If a gradient or an update holds NaN or infinity and ``on_nonfinite`` is "raise".
             DecompositionError: If the factors of a layer cannot be decomposed.
             CaptureError: If a layer has a gradient and its forward was never seen.
+            RankError: If anything of this happened on another rank.
         """
-        loss = None
+        loss, crew = None, self._crew
+        crew.begin()
         if closure is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), crew.guarded():
                 loss = closure()
+        broken = crew.trouble is not None
         try:
             self._take_step()
         except NonFiniteError as error:
-            if not self._skip_nonfinite:
+            if not self._skip_nonfinite or broken:
                 raise
             self._memory["num_skipped"] += 1
             warnings.warn(f"Step skipped: {error}", RuntimeWarning, stacklevel=3)
@@ -303,164 +315,23 @@ class KFAC(LayerOptimizer):
             self._forget_gradients()
         return loss
 
-    def _gathered(self) -> Gathering:
-        if self._gathering is None:
-            raise RuntimeError("the optimizer is not constructed yet")
-        return self._gathering
-
-    def _take_step(self) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _refuse_many(torch.distributed.get_world_size())
-        if self._gathered().is_closed:
-            raise CaptureError("The optimizer was closed and no longer watches the model: make a new one to go on.")
-        memory = self._memory
-        self._schedule(memory["steps"])
-        scale = loss_scale(self)
-        if scale is None:
-            return  # the GradScaler found infinity: it skips the step, as with every optimizer
-        self._check_gradients()
-        every = _at("factor_update_steps", self._factor_update_steps, memory["steps"])
-        period = -(-_at("inverse_update_steps", self._inverse_update_steps, memory["steps"]) // every)
-        plan = [
-            (group, [self._planned(block, group, scale, period) for block in self._blocks_of(group)])
-            for group in self._layer_groups()
-        ]
-        self._finish(plan, scale)
-
-    def _planned(self, block: Block, group: dict[str, Any], scale: float, period: int) -> Planned:
-        curvature, gradient = self._refreshed(block, group, scale, period), self._gradient(block, scale)
-        return Planned(block, curvature, gradient, self._direction(block, gradient, curvature, group))
-
-    def _blocks_of(self, group: dict[str, Any]) -> list[Block]:
-        """Layers of a group that have a gradient."""
-        mine = {id(p) for p in group["params"]}
-        return [b for b in self._blocks.values() if id(b.weight) in mine and b.weight.grad is not None]
-
-    def _gradient(self, block: Block, scale: float) -> Tensor:
-        return self._summed(block) / self._divisor(scale)
-
-    def _summed(self, block: Block) -> Tensor:
-        """What all backwards of the step have left in ``p.grad``, as one matrix."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
-        return block.join(grads).to(torch.promote_types(block.weight.dtype, torch.float32))
-
-    def _divisor(self, scale: float) -> float:
-        """What ``p.grad`` is to be divided by, to be the gradient of the step."""
-        return scale
-
-    def _schedule(self, step: int) -> None:
-        values = {name: schedule(step) for name, schedule in self._schedules.items()}
-        for group in self.param_groups:
-            prefix = "adamw_" if group["method"] == "adamw" else ""
-            group.update({name: values[prefix + name] for name in ("lr", "weight_decay") if prefix + name in values})
-            group.update({name: value for name, value in values.items() if name not in {"lr", "weight_decay"}})
-            _check_group(group)
-
-    def _check_gradients(self) -> None:
-        grads = [p.grad for p in self._trained() if p.grad is not None]
-        if not grads:
-            raise CaptureError("No parameter has a gradient: call loss.backward() before step().")
-        if any(grad.is_sparse or grad.is_complex() for grad in grads):
-            raise InvalidOptionError("A gradient is sparse or complex: use dense real parameters.")
-        sizes = [size for part in self._gathered().parts.values() for size in part.sizes()]
-        if not math.isfinite(total([*torch._foreach_norm(grads), *sizes])):
-            raise NonFiniteError(
-                "A gradient holds NaN or infinity; parameters and optimizer state are unchanged. Remedy: lower lr, "
-                "raise damping, clip with kl_clip, or skip such steps with on_nonfinite='skip'."
-            )
-
-    def _refreshed(self, block: Block, group: dict[str, Any], scale: float, period: int) -> Curvature:
-        """The curvature of a layer after this step's samples, decomposed anew after so many updates."""
-        curvature, gathering = self._curvature(block), self._gathered()
-        part = gathering.parts.get(block.names[0])
-        if part is not None and part.input is not None:
-            grad_scale = self._recipe.grad_scale(gathering.terms, captured_scale(self, self._grad_scaler, scale))
-            curvature = Curvature.updated(curvature, part, group["factor_decay"], grad_scale)
-        if curvature is None:
-            raise CaptureError(
-                f"Layer {block.name!r} has a gradient and its forward was never seen: call the model itself in the "
-                "loop (model(x), not a part of it), or leave the layer to AdamW with skip=."
-            )
-        if curvature.is_stale(period):
-            try:
-                return curvature.decomposed(self._solver, group["damping"])
-            except DecompositionError as error:
-                raise DecompositionError(f"Layer {block.name!r}: {error}") from error
-        return curvature
-
-    def _direction(self, block: Block, gradient: Tensor, curvature: Curvature, group: dict[str, Any]) -> Tensor:
-        """The preconditioned gradient of a layer, ``[d_out, d_in (+ 1)]``."""
-        del block
-        return curvature.basis.precondition(gradient, group["damping"])
-
-    def _finish(self, plan: list[tuple[dict[str, Any], list[Planned]]], scale: float) -> None:
-        """Check the update, then change parameters and state: nothing before this line has."""
-        layers = [layer for _, mine in plan for layer in mine]
-        clips = [clip_factor(group, mine) for group, mine in plan]
-        numbers = read([total_norm([layer.direction for layer in layers]), *clips])
-        if not math.isfinite(numbers[0]):
-            raise NonFiniteError(
-                "The update holds NaN or infinity; parameters and optimizer state are unchanged. Remedy: raise "
-                "damping, or skip such steps with on_nonfinite='skip'."
-            )
-        for (group, mine), clip in zip(plan, numbers[1:], strict=True):
-            for dtype in {p.dtype for layer in mine for p in layer.block.params}:
-                reach = max(1.0, float(group["lr"])) * clip * numbers[0]
-                check_magnitude(reach, dtype, "lower lr, raise damping, or set kl_clip")
-        for (group, mine), nu in zip(plan, clips, strict=True):
-            params = [p for layer in mine for p in layer.block.params]
-            moves = [move for layer in mine for move in layer.block.split(layer.direction * nu)]
-            descend(params, [m.to(p.dtype) for m, p in zip(moves, params, strict=True)], self.state, group)
-        for group in self.param_groups:
-            if group["method"] == "adamw":
-                adamw_step(group, self.state, self._divisor(scale))
-        for layer in layers:
-            self.state[layer.block.weight].update(layer.curvature.state())
-        memory, fresh = self._memory, [layer for layer in layers if layer.curvature.age == 0]
-        self.diagnostics = KFACDiagnostics(
-            update_norm=numbers[0],
-            clip=min(numbers[1:], default=1.0),
-            num_decompositions=len(fresh) if self._gathered().parts else 0,
-            num_failures=sum(layer.curvature.failures for layer in layers),
-            num_skipped=memory["num_skipped"],
-        )
-        memory["steps"] += 1
-
 
 def _due(optimizer: KFAC | None) -> int | None:
     """The number of the step that is under way, if it updates the factors."""
     if optimizer is None:
         return None
     steps: int = optimizer._memory["steps"]
-    period = _at("factor_update_steps", optimizer._factor_update_steps, steps)
-    return steps if steps < min(period, _FIRST_STEPS) or steps % period == 0 else None
+    period = at_step("factor_update_steps", optimizer._factor_update_steps, steps)
+    return steps if is_due(period, steps) else None
 
 
-def _at(name: str, period: Period, step: int) -> int:
-    return check_integer(name, period(step) if callable(period) else period, low=1)
+def _place(optimizer: KFAC | None) -> tuple[int, int]:
+    return (0, 1) if optimizer is None else optimizer._crew.place
 
 
 def _decomposition(optimizer: KFAC | None, block: Block) -> Decomposition | None:
     curvature = None if optimizer is None else optimizer._curvature(block)
     return None if curvature is None else curvature.decomposition
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    check_real("lr", group["lr"], low=0)
-    check_real("weight_decay", group["weight_decay"], low=0)
-    check_real("damping", group["damping"], low=0)
-    check_real("momentum", group["momentum"], low=0, high=1, open_high=True)
-    check_real("factor_decay", group["factor_decay"], low=0, high=1, open_high=True)
-    if group["kl_clip"] is not None:
-        check_real("kl_clip", group["kl_clip"], low=0, open_low=True)
-
-
-def _refuse_many(processes: int) -> None:
-    if processes > 1:
-        raise InvalidOptionError(
-            f"This is one of {processes} processes, and the factors are not shared between processes yet: each would "
-            "take a step of its own. Train in one process."
-        )
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach, _use_grad_for_differentiable
 
 from steepest._validation import check_choice
+from steepest.distributed import Traffic
 from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.optim._lp_checks import check_group, check_tensor
 from steepest.optim._lp_fused import check_fused, fused_update
+from steepest.optim._lp_shards import agreed, groups_of, is_shard, local, local_grads
 from steepest.optim._lp_update import LpStep, all_finite, update_differentiably, update_rows
 
 __all__ = ["LPSGD", "LPSGDM", "LPSGDDiagnostics", "OnNonfinite"]
@@ -70,6 +72,15 @@ class LPSGD(Optimizer):
 
     Raises:
         InvalidOptionError: If an option is impossible, or a parameter is sparse, complex or no floating-point tensor.
+
+    Several processes: the optimizer's own part is one step like any other, because the rule is entry by entry. With
+    `DistributedDataParallel` all processes have the same gradients and take the same step; nothing is sent beyond
+    what that sends. With parameters that are DTensors (`torch.distributed.fsdp.fully_shard`, tensor parallelism) every
+    process moves its shard, with ``foreach`` or ``fused`` as elsewhere (``differentiable`` is refused); momenta are
+    DTensors too, which `torch.distributed.checkpoint` saves and loads. Where gradients are looked at, NaN or infinity
+    in one shard, or an option that one process refuses, raises or skips on all: each step sums 8 bytes over each
+    dimension of the device mesh (12 where a norm overflows), which `traffic` counts, and waits for the device once.
+    With ``on_nonfinite="ignore"`` or ``capturable`` nothing is sent.
 
     Memory: the parameters, and temporaries of at most 131,072 numbers on CPUs (32,768 a thread where that is more) and
     4,194,304 on other devices, or of one parameter where that is larger and not contiguous.
@@ -133,12 +144,16 @@ class LPSGD(Optimizer):
             InvalidOptionError: If an option or a parameter is impossible; the group is not added then.
         """
         super().add_param_group(param_group)
+        # With the groups and not with a parameter: torch.distributed.checkpoint wants a state of all or of none.
+        self.param_groups[-1].setdefault("num_skipped", 0)
         try:
             check_group(self.param_groups[-1])
             for number, param in enumerate(self.param_groups[-1]["params"]):
                 check_tensor(param, "parameter", self.param_groups[-1], number)
+            _check_shards(self.param_groups[-1])
             if self.param_groups[-1]["fused"]:
-                check_fused(self.param_groups[-1]["params"], momentum=bool(self.param_groups[-1].get("momentum")))
+                params = [local(param) for param in self.param_groups[-1]["params"]]
+                check_fused(params, momentum=bool(self.param_groups[-1].get("momentum")))
         except InvalidOptionError:
             del self.param_groups[-1]
             raise
@@ -155,12 +170,7 @@ class LPSGD(Optimizer):
     @property
     def diagnostics(self) -> LPSGDDiagnostics:
         """What has happened so far."""
-        return LPSGDDiagnostics(self.state.get(self._first(), {}).get("num_skipped", 0))
-
-    def _first(self) -> Tensor:
-        """The parameter with which the state of the optimizer as a whole is kept."""
-        first: Tensor = next(param for group in self.param_groups for param in group["params"])
-        return first
+        return LPSGDDiagnostics(max(group.get("num_skipped", 0) for group in self.param_groups))
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -181,40 +191,59 @@ class LPSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        if not torch.compiler.is_compiling():
-            self._check(work)
-        if self._may_step([grad for _, params in work for grad in _grads(params)]):
+        if self._may_step(work):
             for group, params in work:
                 self._update(group, params)
         return loss
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this process gave to collectives of the optimizer's own so far."""
+        counted: Traffic = self.__dict__.setdefault("_traffic", Traffic())  # a copied optimizer has none
+        return counted
 
     def _check(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         for group, params in work:
             check_group(group, read_tensors=False)
             if group["fused"]:  # parameters may have been moved since
-                check_fused(params, momentum=bool(group.get("momentum")))
+                check_fused([local(param) for param in params], momentum=bool(group.get("momentum")))
             if any(grad.layout != torch.strided or grad.is_complex() for grad in _grads(params)):
                 for number, param in enumerate(group["params"]):
                     if param.grad is not None:
                         check_tensor(param.grad, "gradient of parameter", group, number)
 
-    def _may_step(self, grads: list[Tensor]) -> bool:
+    def _may_step(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> bool:
+        refused: Exception | None = None
+        if not torch.compiler.is_compiling():
+            try:
+                self._check(work)
+            except InvalidOptionError as error:
+                refused = error
         options = self.defaults
-        if options["on_nonfinite"] == "ignore" or options["capturable"] or options["differentiable"]:
+        blind = options["on_nonfinite"] == "ignore" or options["capturable"] or options["differentiable"]
+        params = [param for _, some in work for param in some]
+        groups = [] if blind else groups_of(params)
+        if refused is not None and not groups:
+            raise refused
+        if blind:
             return True
-        if all_finite(grads):
+        grads = local_grads(params)
+        if agreed(grads, groups, self.traffic, refused) if groups else all_finite(grads):
             return True
         message = "A gradient holds NaN or infinity; parameters and optimizer state are unchanged."
         if options["on_nonfinite"] == "raise":
             raise NonFiniteError(f"{message} Remedy: lower lr, or skip such steps with on_nonfinite='skip'.")
-        first = self.state[self._first()]
-        first["num_skipped"] = first.get("num_skipped", 0) + 1
+        skipped = self.diagnostics.num_skipped + 1
+        for group in self.param_groups:
+            group["num_skipped"] = skipped
         warnings.warn(f"Step skipped: {message}", RuntimeWarning, stacklevel=5)
         return False
 
     def _update(self, group: Mapping[str, Any], params: list[Tensor]) -> None:
-        grads = _grads(params)
-        rows = list(zip(params, grads, self._momenta(params) if group.get("momentum") else grads, strict=True))
+        grads = local_grads(params)
+        momenta = [local(momentum) for momentum in self._momenta(params)] if group.get("momentum") else grads
+        params = [local(param) for param in params]
+        rows = list(zip(params, grads, momenta, strict=True))
         keep = group["capturable"] or group["differentiable"]  # tensors where they are
         step = LpStep(
             lr=_squeezed(group["lr"]) if keep else float(group["lr"]),
@@ -322,6 +351,15 @@ class LPSGDM(LPSGD):
 
 def _grads(params: Iterable[Tensor]) -> list[Tensor]:
     return [param.grad for param in params if param.grad is not None]
+
+
+def _check_shards(group: Mapping[str, Any]) -> None:
+    """Refuse what has no meaning for parameters in shards."""
+    if group["differentiable"] and any(is_shard(param) for param in group["params"]):
+        raise InvalidOptionError(
+            "differentiable=True with parameters that are DTensors: the step changes the shard of each process, which "
+            "autograd does not see. Give plain parameters, or leave differentiable out."
+        )
 
 
 def _joins(foreach: bool | None, params: list[Tensor]) -> bool:

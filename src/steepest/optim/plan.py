@@ -10,17 +10,39 @@ from torch import Tensor
 from steepest.optim.blocks import Block
 from steepest.optim.curvature import Curvature
 
-__all__ = ["Planned", "clip_factor", "read", "total", "total_norm"]
+__all__ = ["Draft", "Planned", "clip_factor", "read", "total", "total_norm"]
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A layer in a step, before it is preconditioned; ``is_stale`` where it is to be decomposed anew."""
+
+    block: Block
+    group: Mapping[str, Any]
+    curvature: Curvature
+    gradient: Tensor
+    is_stale: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """What a step will do to one layer, before it does anything."""
+    """What a step will do to one layer, before it does anything.
+
+    Args:
+        block: The layer.
+        curvature: Its new curvature.
+        gradient: Its gradient.
+        direction: That, preconditioned.
+        is_fresh: Whether the curvature was decomposed for this step.
+        found: What a subclass of KFAC tells of the layer.
+    """
 
     block: Block
     curvature: Curvature
     gradient: Tensor
     direction: Tensor
+    is_fresh: bool
+    found: Tensor | None = None
 
 
 def clip_factor(group: Mapping[str, Any], layers: Sequence[Planned]) -> Tensor:

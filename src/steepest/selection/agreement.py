@@ -11,9 +11,11 @@ from torch import Tensor
 from steepest.errors import InvalidOptionError, SelectionError
 from steepest.linalg import FrequentDirections
 from steepest.selection.consensus import ClassMeans, by_group, direction, unit_rows
+from steepest.selection.joining import add_counts, add_sums, from_first, merge_sketches
 from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ALL, class_weights, settled
 from steepest.selection.rules import keep_by_group
+from steepest.selection.together import Together
 
 if TYPE_CHECKING:  # the options know how to begin a run
     from steepest.selection.sage import SAGE
@@ -110,6 +112,49 @@ class SageRun(Run):
                 )
             self._consensus = {g: direction(total, self._counts[g]) for g, total in self._sums.items()}
 
+    def join(self, number: int, together: Together) -> None:
+        """Conclude a pass that several processes shared: the first one decides, and all know the same afterwards."""
+        step = self._steps[number]
+        self._by_class, self._shapes = together.one((self._by_class, self._shapes))  # the first always has samples
+        if step == "sketch" and self._fd is not None:
+            self._sizes = add_counts(self._sizes, together)
+            merge_sketches(self._fd, together)
+            if self._method.consensus == "gradients":
+                self._means.join(together)
+        elif step == "mean":
+            self._counts = add_counts(self._counts, together)
+            sums = add_sums({g: {"": total} for g, total in self._sums.items()}, together)
+            self._sums = {g: parts[""] for g, parts in sums.items()}
+        with together.attempt():
+            if together.leads:
+                self.end_pass(number)
+        if step == "score":
+            own = self._scores[together.positions[together.ranks.rank]]
+            self._scores = together.in_order(own)
+        else:
+            self._follow(together, step)
+        if number == self.passes - 1:
+            self._zeros = sum(together.told(self._zeros))
+            if self._method.keep_projections:
+                self._projections = together.in_order(self._projections[together.positions[together.ranks.rank]])
+
+    def _follow(self, together: Together, step: str) -> None:
+        """Take the consensus, and after the first pass the sketch, that the first process made."""
+        self._consensus = from_first(self._consensus, together)
+        if step != "sketch":
+            return
+        self._sketch = from_first(self._sketch, together)
+        self._numbers = together.one(self._numbers)
+        self._fd, self._means = None, ClassMeans()
+        total, length = sum(self._sizes.values()), len(next(iter(self._sketch.values())))
+        self._make_room(total, length)
+
+    def _make_room(self, total: int, length: int) -> None:
+        """For a score, and if need be a projection, of every sample."""
+        self._scores = torch.full((total,), torch.nan, dtype=torch.float32, device="cpu")
+        if self._method.keep_projections:
+            self._projections = torch.zeros(total, length, dtype=torch.float16, device="cpu")
+
     def _settle_sketch(self, fd: FrequentDirections) -> None:
         """Take the finished sketch, what it certifies, and the consensus of true gradients."""
         fd.compress()
@@ -132,9 +177,7 @@ class SageRun(Run):
         # Only directions of S g matter. A power of two rounds nothing, and float32 then holds S g wherever it holds g.
         scale = 2.0 ** max(-126, min(126, -math.frexp(largest)[1]))
         self._sketch = {name: part.mul_(scale).view(len(part), *self._shapes[name]) for name, part in flat.items()}
-        self._scores = torch.full((total,), torch.nan, dtype=torch.float32, device="cpu")
-        if self._method.keep_projections:
-            self._projections = torch.zeros(total, len(norms), dtype=torch.float16, device="cpu")
+        self._make_room(total, len(norms))
 
     def _agreement(self, units: Tensor, groups: Tensor) -> Tensor:
         """Scores of unit projections, each against the consensus of its group."""

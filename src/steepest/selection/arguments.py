@@ -17,7 +17,7 @@ from steepest.selection.sage import SAGE
 from steepest.selection.samples import Samples
 from steepest.selection.scan import BatchLosses, LossFn
 
-__all__ = ["Amount", "check_callers", "checked_method", "on_device", "roles", "takes_model"]
+__all__ = ["Amount", "check_callers", "check_joins", "checked_method", "on_device", "roles", "takes_model"]
 
 
 class Amount:
@@ -176,6 +176,23 @@ def takes_model(
             "one loss per sample, [B]."
         )
     return model is not None and losses == 1 and (run.passes > 0 or review)
+
+
+def check_joins(run: Run, method: Method) -> None:
+    """Refuse a method that several processes cannot share.
+
+    Args:
+        run: The method's.
+        method: The method.
+
+    Raises:
+        InvalidOptionError: If it goes through the data and does not say how to join what each process learnt.
+    """
+    if run.passes and type(run).join is Run.join:
+        raise InvalidOptionError(
+            f"{method} does not say how several processes join what each of them learnt: give {type(run).__name__} a "
+            "method join(), or select in one process, with alone=True."
+        )
 
 
 @contextmanager

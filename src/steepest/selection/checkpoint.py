@@ -1,8 +1,10 @@
 """A selection under way in one file, so that it can be interrupted and continued bit for bit."""
 
+import glob
 import io
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -17,8 +19,10 @@ import torch
 
 from steepest._files import write_atomically
 from steepest._versions import package_version
+from steepest.distributed.ranks import RankError
 from steepest.errors import SelectionError
 from steepest.selection.passes import Passes
+from steepest.selection.together import Together, attempt
 
 __all__ = ["Keeper"]
 
@@ -33,20 +37,61 @@ class Keeper:
         passes: The selection under way.
         identity: What the selection is of, in plain values; a checkpoint of anything else is refused.
         every: Seconds between two writes.
+        together: The processes that make the selection, each of which keeps its own state in a file of its own; None
+            for one alone.
 
     Raises:
-        SelectionError: If there can be no such file.
+        SelectionError: If there can be no such file, or there is one of another number of processes.
     """
 
-    def __init__(self, path: Path, passes: Passes, identity: Mapping[str, Any], every: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        passes: Passes,
+        identity: Mapping[str, Any],
+        every: float,
+        together: Together | None = None,
+    ) -> None:
         self._path, self._passes, self._identity, self._every = path, passes, dict(identity), every
+        self._together = together
         self._last = time.monotonic()
         self._stop = False
         if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             raise SelectionError(f"checkpoint={str(path)!r} cannot be written: name a file in a folder that can be.")
+        size = 1
+        if together is not None:
+            size = together.ranks.size
+            self._path = path.with_name(f"{path.name}.{together.ranks.rank}-of-{size}")
+        _refuse_other_numbers(path, size)
 
     def restore(self) -> None:
         """Continue what the file holds, if there is one.
+
+        Of several processes one may have noted the end of a pass that another has not: it gives that its state.
+
+        Raises:
+            SelectionError: If the files of several processes do not belong together.
+        """
+        with attempt(self._together):
+            self._restore_own()
+        if self._together is None:
+            return
+        places = self._together.told(self._passes.place)
+        newest = max(number for number, _ in places)
+        if newest == min(number for number, _ in places):
+            return
+        if (newest, 0) not in places:  # `after_pass` prevents it
+            raise SelectionError(
+                f"the checkpoints beside {self._path} do not belong together: some are a pass behind others; delete "
+                "them to begin anew."
+            )
+        content = self._together.bytes_of(_packed(self._passes.state_dict()), places.index((newest, 0)))
+        with self._together.attempt():
+            if self._passes.place[0] < newest:
+                self._passes.follow(torch.load(io.BytesIO(content), weights_only=True))
+
+    def _restore_own(self) -> None:
+        """Continue what this process's file holds, if there is one.
 
         Raises:
             SelectionError: If it is damaged or of another selection.
@@ -83,11 +128,16 @@ class Keeper:
         if time.monotonic() - self._last >= self._every:
             self.write()
 
+    def after_pass(self) -> None:
+        """Let no process go on before all have noted the end of a pass: afterwards none can be a pass behind."""
+        if self._together is not None:
+            with self._together.attempt():
+                self.write()
+
     def write(self) -> None:
         """Write the state in place of the one before."""
-        buffer = io.BytesIO()
-        torch.save({"format": _FORMAT, "identity": self._identity, "state": self._passes.state_dict()}, buffer)
-        write_atomically(self._path, buffer.getvalue())
+        content = {"format": _FORMAT, "identity": self._identity, "state": self._passes.state_dict()}
+        write_atomically(self._path, _packed(content))
         self._last = time.monotonic()
 
     def remove(self) -> None:
@@ -103,11 +153,12 @@ class Keeper:
 
         Raises:
             KeyboardInterrupt: The user's.
+            RankError: If another process stopped, be it by Ctrl-C.
         """
         with self._held_back():
             try:
                 yield
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RankError):
                 if self._passes.whole:  # otherwise the file has the last whole state
                     self.write()
                 raise
@@ -125,7 +176,8 @@ class Keeper:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _asked(self, _number: int, _frame: FrameType | None) -> None:
-        if self._stop or self._passes.whole:
+        # Several processes stop where they meet, so that none waits for another.
+        if self._stop or (self._passes.whole and self._together is None):
             raise KeyboardInterrupt
         self._stop = True
 
@@ -158,6 +210,26 @@ class Keeper:
                 f"{self._path} has selection checkpoint format {found!r}, this steepest reads {_FORMAT}: {remedy}."
             )
         return content
+
+
+def _packed(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _refuse_other_numbers(path: Path, size: int) -> None:
+    """Refuse the files of another number of processes, which share the data in another way."""
+    others = path.absolute().parent.glob(f"{glob.escape(path.name)}.*-of-*")
+    counts = {int(found[1]): file for file in others if (found := re.search(r"\.\d+-of-(\d+)$", file.name))}
+    if path.exists():
+        counts[1] = path
+    counts.pop(size, None)
+    for number, file in counts.items():
+        raise SelectionError(
+            f"the checkpoint {file} is of a selection by {number} process{'es' * (number > 1)}, and this one has "
+            f"{size}: go on with {number}, or delete it to begin anew."
+        )
 
 
 def versions() -> dict[str, str]:

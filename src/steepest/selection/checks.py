@@ -44,6 +44,11 @@ def check_model(model: Any) -> None:
             raise UnsupportedModelError(
                 f"Parameter {name!r} is not initialised yet (a lazy module): run one forward pass before."
             )
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise UnsupportedModelError(
+                f"Parameter {name!r} is a DTensor, of which this process holds a part (FSDP): every process needs the "
+                "whole model to score samples. Load the gathered state into a plain copy of the model and pass that."
+            )
         if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
             raise UnsupportedModelError(f"Parameter {name!r} is {parameter.dtype}, and {_FLOAT32}")
     if next(model.parameters(), None) is None:

@@ -10,7 +10,9 @@ from steepest.engine import Jacobian
 from steepest.engine.records import column_chunks
 from steepest.errors import NonFiniteError, UnsupportedModelError
 from steepest.linalg import FrequentDirections
+from steepest.selection.joining import add_counts, add_sums
 from steepest.selection.method import Rows
+from steepest.selection.together import Together
 
 __all__ = ["ClassMeans", "by_group", "direction", "unit_rows"]
 
@@ -93,6 +95,16 @@ class ClassMeans:
                 means = torch.stack([self._sums[g][name][columns] / self._counts[g] for g in found])
                 total += (block[:, columns].double() @ means.to(block.device).T).cpu()
         return dict(zip(found, total.T.contiguous(), strict=True))
+
+    def join(self, together: Together) -> None:
+        """Add up the sums of all processes on the first one; the others have none afterwards.
+
+        Args:
+            together: The processes.
+        """
+        held = next((part.device for parts in self._sums.values() for part in parts.values()), None)
+        self._counts = add_counts(self._counts, together)
+        self._sums = add_sums(self._sums, together, held)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the sums, and the counts."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from steepest.errors import InvalidOptionError
 
-__all__ = ["LABEL_KEYS", "Batch", "fold", "sample_keys", "tensor_bytes", "to_device"]
+__all__ = ["LABEL_KEYS", "Batch", "chain", "fold", "sample_digests", "sample_keys", "tensor_bytes", "to_device"]
 
 # Names under which a batch that is a dict holds its labels, in the order in which they are looked for.
 LABEL_KEYS = ("label", "labels", "target", "targets")
+
+DIGEST = 32  # bytes of a digest
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), np.generic, torch.device, torch.dtype)
 Column = tuple[memoryview, int] | list[bytes]
@@ -67,7 +69,7 @@ def to_device(content: Any, device: torch.device | str) -> Any:
 
 
 def fold(digest: bytes, batch: Batch) -> bytes:
-    """Continue the fingerprint of a pass by one batch: SHA-256 of sample after sample, each chained to the last.
+    """Continue the fingerprint of a pass by one batch: SHA-256 of every sample, each chained to the last.
 
     The fingerprint depends on index, content and label of every sample. It does not depend on how the samples are
     cut into batches, unless collating does: a batch padded to its longest member has other content.
@@ -90,13 +92,42 @@ def fold(digest: bytes, batch: Batch) -> bytes:
         >>> fold(first, Batch(torch.tensor([2]), inputs[2:], None)) == whole
         True
     """
+    return chain(digest, sample_digests(batch))
+
+
+def chain(digest: bytes, digests: bytes | memoryview) -> bytes:
+    """Continue a fingerprint by samples that were digested elsewhere, such as by another process.
+
+    Args:
+        digest: Of everything before; ``b""`` to begin with.
+        digests: What `sample_digests` gave, of one or more batches in their order.
+
+    Returns:
+        32 bytes.
+    """
+    for at in range(0, len(digests), DIGEST):
+        digest = hashlib.sha256(digest + digests[at : at + DIGEST]).digest()
+    return digest
+
+
+def sample_digests(batch: Batch) -> bytes:
+    """Digest every sample with its position and its label.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        32 bytes for each sample, one after the other.
+
+    Raises:
+        InvalidOptionError: If the batch holds something without bytes of its own.
+    """
     header, columns = _columns(batch.content, len(batch))
     labels = torch.zeros_like(batch.indices) if batch.labels is None else batch.labels
     columns.append((memoryview(tensor_bytes(torch.stack([batch.indices, labels], 1))), 16))
     header += b"unlabelled" if batch.labels is None else b"labelled"
-    for sample in _samples(columns, len(batch)):
-        digest = hashlib.sha256(b"".join((digest, header, *sample))).digest()  # one call: updates cost more than a copy
-    return digest
+    # One call for each: updates cost more than a copy.
+    return b"".join(hashlib.sha256(b"".join((header, *sample))).digest() for sample in _samples(columns, len(batch)))
 
 
 def sample_keys(batch: Batch) -> list[bytes]:

@@ -10,6 +10,7 @@ import torch
 from steepest.selection.method import Rows, Run
 from steepest.selection.report import Estimate
 from steepest.selection.samples import Samples
+from steepest.selection.share import Share
 
 __all__ = ["FirstBatches"]
 
@@ -24,7 +25,7 @@ class FirstBatches:
         samples: Samples by role.
     """
 
-    def __init__(self, run: Run, samples: Mapping[Literal["data", "reference"], Samples]) -> None:
+    def __init__(self, run: Run, samples: Mapping[Literal["data", "reference"], Samples | Share]) -> None:
         self._run, self._samples = run, samples
         self._others: list[float] = []  # seconds of a batch without the update
         self._updates: list[float] = []  # seconds of the update, as if in the first pass

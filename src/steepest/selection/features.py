@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from steepest.engine.jacobian import caller_independent
 from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ClassPolicy, groups, quotas, settled
 from steepest.selection.table import Table
+
+if TYPE_CHECKING:
+    from steepest.selection.together import Together
 
 __all__ = ["DEFAULT_MEMORY", "FeatureRun", "TableRun", "layer_inputs", "rescale_", "unheard"]
 
@@ -25,7 +28,8 @@ class TableRun(Run):
     """A run that keeps a row of numbers for every sample in one pass.
 
     The rows take 4 N W bytes; while it chooses, a copy of those of one class (or of all, where classes do not matter)
-    comes on top.
+    comes on top. Several processes gather the rows of all at every one of them, whose limit is that of one process;
+    meanwhile they take 8 N W bytes and what it read itself.
 
     Args:
         method: Name of the class of the method, for messages.
@@ -60,9 +64,23 @@ class TableRun(Run):
             RuntimeError: If the batch is not the next one in the data's own order.
         """
         settled(self._policy, rows.labels)  # refuses before hours of work, not after them
-        if int(rows.indices[0]) != self.table.num_rows:
-            raise RuntimeError(f"sample {int(rows.indices[0])} came where {self.table.num_rows} was due")
-        self.table.append(self.row_of(rows))
+        first = int(rows.indices[0])
+        if not self.shared and first != self.table.num_rows:
+            raise RuntimeError(f"sample {first} came where {self.table.num_rows} was due")
+        self.table.append(self.row_of(rows), first)
+
+    def join(self, number: int, together: "Together") -> None:
+        """Bring the rows of all processes to every one of them.
+
+        Args:
+            number: Always 0.
+            together: The processes.
+        """
+        del number
+        width = max(together.told(self.table.width))
+        with together.attempt():
+            own = self.table.own(width, sum(map(len, together.positions)))
+        self.table.replace(together.in_order(own))
 
     @abstractmethod
     def row_of(self, rows: Rows) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from steepest.selection.method import Method, Picked, Rows, Scope
 from steepest.selection.pursuit import pursue
 from steepest.selection.quotas import ALL, ClassPolicy, check_policy, quotas
 from steepest.selection.rules import seeded
+
+if TYPE_CHECKING:
+    from steepest.selection.together import Together
 
 __all__ = ["GradMatch"]
 
@@ -89,6 +92,17 @@ class _GradMatchRun(TableRun):
         self._method = method
         self._num_inputs = 0
         self._positions = 1
+
+    def join(self, number: int, together: "Together") -> None:
+        """Bring the rows of all processes to every one of them, and what their columns are.
+
+        Args:
+            number: Always 0.
+            together: The processes.
+        """
+        told = together.told((self._num_inputs, self._positions))
+        self._num_inputs, self._positions = (max(column) for column in zip(*told, strict=True))
+        super().join(number, together)
 
     def row_of(self, rows: Rows) -> Tensor:
         """Inputs with the 1 of the bias, then output gradients."""

@@ -3,11 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from steepest.engine import Jacobian
+from steepest.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from steepest.selection.together import Together
 
 __all__ = ["Method", "Picked", "Rows", "Run", "Scope"]
 
@@ -64,9 +68,11 @@ class Run(ABC):
         passes: How many times it goes through the data.
         tell: For a choice that takes one sample after another to call with how many it has and how many it takes;
             whoever drives the run sets it, to show that or to end the choice by an error.
+        shared: Whether several processes read a part of the data each, so that this run does not see all batches.
     """
 
     passes: int
+    shared: bool = False
     tell: Callable[[int, int], None] = staticmethod(_silent)
 
     @abstractmethod
@@ -75,6 +81,24 @@ class Run(ABC):
 
     def end_pass(self, number: int) -> None:  # noqa: B027 (most have nothing to conclude)
         """Conclude pass ``number``."""
+
+    def join(self, number: int, together: "Together") -> None:
+        """Conclude pass ``number`` where several processes read a part of the data each, in place of `end_pass`.
+
+        All must know the same afterwards, in the data's own order.
+
+        Args:
+            number: The pass, counted from 0.
+            together: The processes, with the positions that each of them read.
+
+        Raises:
+            InvalidOptionError: If the method cannot.
+        """
+        del number, together
+        raise InvalidOptionError(
+            f"{type(self).__name__} does not say how several processes join what each of them learnt: give it a method "
+            "join(), or select in one process alone, with alone=True."
+        )
 
     def reads(self, number: int) -> Literal["data", "reference"]:
         """What pass ``number`` goes through: the data to choose from, or the reference set."""

@@ -70,6 +70,8 @@ class SelectionReport:
         notes: What should be known of this selection, a sentence each.
         kept: Number of samples kept.
         num_samples: Number of samples to choose from.
+        processes: How many made the selection; the times are those of the first.
+        traffic: Bytes of tensors that the first of several processes gave to collectives.
     """
 
     seconds: float
@@ -83,6 +85,8 @@ class SelectionReport:
     notes: tuple[str, ...] = ()
     kept: int = 0
     num_samples: int = 0
+    processes: int = 1
+    traffic: int = 0
 
     def break_even(self, epoch_seconds: float) -> float:
         """Passes over the kept samples, each in place of one over all, after which the selection has paid.
@@ -105,7 +109,8 @@ class SelectionReport:
 
     def __str__(self) -> str:
         passes = f"{self.passes} {'pass' if self.passes == 1 else 'passes'} with the model"
-        lines = [f"kept {self.kept} of {self.num_samples} samples in {in_seconds(self.seconds)} ({passes})"]
+        shared = f", shared by {self.processes} processes" if self.processes > 1 else ""
+        lines = [f"kept {self.kept} of {self.num_samples} samples in {in_seconds(self.seconds)} ({passes}{shared})"]
         if self.class_counts:
             lines.append(_classes(self.class_counts))
         if self.mean_cosine is not None:

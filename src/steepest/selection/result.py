@@ -13,7 +13,7 @@ from steepest.errors import SelectionError
 from steepest.selection.report import Estimate, Progress, SelectionReport
 from steepest.selection.sampler import SelectionSampler
 from steepest.selection.samples import Samples, fold
-from steepest.selection.stored import read_selection, write_selection
+from steepest.selection.stored import read_selection, selection_path, write_selection
 
 __all__ = ["Estimate", "Progress", "Selection", "SelectionReport"]
 
@@ -33,6 +33,7 @@ class Selection:
         fingerprint: Hash of the data: of every sample in its order.
         model_hash: Hash of the model's parameters and buffers; empty for a method that looks at no model.
         report: What it cost and what was kept.
+        writes: Whether `save` writes: of several processes that selected together the first one does, for all.
 
     Example:
         >>> import torch, steepest as st
@@ -57,6 +58,7 @@ class Selection:
     fingerprint: str
     model_hash: str
     report: SelectionReport = field(repr=False)
+    writes: bool = field(default=True, repr=False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -119,7 +121,8 @@ class Selection:
     def save(self, path: str | Path) -> Path:
         """Write ``path.npz``, which is the selection, and ``path.json`` beside it, for people and other programs.
 
-        Each file is either complete or as it was before. Nothing in them is pickled.
+        Each file is either complete or as it was before. Nothing in them is pickled. Of several processes that
+        selected together the first one writes, and the others do not wait for it.
 
         Args:
             path: With or without the suffix.
@@ -131,6 +134,8 @@ class Selection:
         about = {
             name: getattr(self, name) for name in ("method", "options", "num_samples", "fingerprint", "model_hash")
         }
+        if not self.writes:
+            return selection_path(path)
         return write_selection(path, arrays, about, self.report)
 
     @classmethod

@@ -43,6 +43,15 @@ class SAGE(Method):
 
     Writing a checkpoint copies what is held.
 
+    Several processes (see `select_subset`) each sketch their part of the data; the first merges these sketches in the
+    order of the ranks, adds up the means, and gives sketch and consensus to all. Where l is at least the rank of the
+    gradients, scores are those of one process up to rounding. Else the merged sketch has the same bound but other
+    numbers, as if one process had read the data in another order. On 900 points whose gradients have 68 dimensions,
+    with 2 and 4 processes, scores differed by 0.005 on average for l = 8, 0.001 for 16 and 0.0003 for 32 (correlation
+    0.998 and above). `Top` kept 90, 96 and 99 % the same samples; `Strata`, which takes evenly spaced ranks and so
+    another neighbour wherever two scores change places, 25, 30 and 70 %. Beside the memory above the first process
+    holds one further sketch of 4 l D bytes.
+
     What it is good for, as measured: the agreement with a trained scorer drops samples with wrong labels (hardness
     scores such as EL2N collect them), and keeps what is typical. On clean data with 30 % kept or less, a random subset
     with the same number from each class is hard to beat. An untrained scorer says nothing.

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from steepest._validation import check_integer
 from steepest.errors import InvalidOptionError, SelectionError
-from steepest.selection.content import Batch, fold, sample_keys, to_device
+from steepest.selection.content import Batch, chain, fold, sample_digests, sample_keys, to_device
 from steepest.selection.labels import given_labels, labels_of
 from steepest.selection.source import (
     DEFAULT_BATCH_SIZE,
@@ -24,7 +24,7 @@ from steepest.selection.source import (
     plural,
 )
 
-__all__ = ["Batch", "Samples", "fold", "sample_keys", "to_device"]
+__all__ = ["Batch", "Samples", "chain", "fold", "sample_digests", "sample_keys", "to_device"]
 
 KINDS = (
     "give a Dataset, a DataLoader, a tuple of tensors (inputs, targets), or a list of batches that can be gone "
@@ -99,11 +99,12 @@ class Samples:
             return -(-self._num_samples // self.batch_size)
         return self._source.num_batches
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Go through the data once.
 
         Args:
             start: Number of batches to leave out at the beginning.
+            stop: Number of the batch to stop before.
 
         Yields:
             The batches from there to the end, the incomplete last one included.
@@ -115,15 +116,23 @@ class Samples:
         check_integer("start", start, low=0)
         number, self._passes = self._passes, self._passes + 1
         end = 0
-        for position, content, size in self._source.contents(start, number):
+        for position, content, size in self._source.contents(start, stop, number):
             end = position + size
             yield Batch(torch.arange(position, end, device="cpu"), content, self._labels(content, position, size))
         # A start beyond the end of a stream says nothing about its length.
-        if start == 0 or end > 0:
-            self._conclude(end)
+        if stop is None and (start == 0 or end > 0):
+            self.conclude(end)
 
-    def _conclude(self, end: int) -> None:
-        """Note the length after a whole pass, or refuse one that differs."""
+    def conclude(self, end: int) -> None:
+        """Note the length after a whole pass, or refuse one that differs.
+
+        Args:
+            end: How many samples there were.
+
+        Raises:
+            InvalidOptionError: If there were none.
+            SelectionError: If there were as many as never before.
+        """
         if end == 0 and self._num_samples is None:
             raise InvalidOptionError(f"The data ({type(self.dataset).__name__}) is empty: give at least one sample.")
         if self._num_samples is not None and end != self._num_samples:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.selection.column import Column
 from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ClassPolicy, groups, quotas, settled
+
+if TYPE_CHECKING:
+    from steepest.selection.together import Together
 
 __all__ = ["ErrorRun", "GradientRun", "Keep", "ScoreRun", "checked_quotas"]
 
@@ -59,6 +62,18 @@ class ScoreRun(Run):
                 f"The gradient of sample {int(rows.indices[bad][0])} is not finite or too large for float32: remove "
                 "or mend that sample, or look at the model's weights."
             )
+        self._scores.add(scores)
+
+    def join(self, number: int, together: "Together") -> None:
+        """Bring the scores of all processes together.
+
+        Args:
+            number: Always 0.
+            together: The processes.
+        """
+        del number
+        scores = together.in_order(self._scores.tensor())
+        self._scores = Column(torch.float32)
         self._scores.add(scores)
 
     def pick(self, count: int, labels: Tensor | None) -> Picked:

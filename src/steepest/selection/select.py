@@ -1,8 +1,7 @@
 """`select_subset`: a method, a model and data become a selection."""
 
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,32 @@ import torch
 from torch import nn
 
 from steepest._validation import check_real
-from steepest.errors import CaptureError, SelectionError, UnsupportedModelError
-from steepest.selection.arguments import Amount, check_callers, checked_method, on_device, roles, takes_model
+from steepest.distributed import Ranks
+from steepest.errors import SelectionError
+from steepest.selection.arguments import (
+    Amount,
+    check_callers,
+    check_joins,
+    checked_method,
+    on_device,
+    roles,
+    takes_model,
+)
 from steepest.selection.checkpoint import Keeper, versions
-from steepest.selection.method import Method, Picked, Run
-from steepest.selection.notes import class_counts, class_notes, vanished
-from steepest.selection.passes import Passes
-from steepest.selection.report import Progress, SelectionReport
+from steepest.selection.concluding import assemble, choose, look_at, options_of
+from steepest.selection.method import Method
+from steepest.selection.notes import vanished
+from steepest.selection.passes import Passes, Role
+from steepest.selection.report import Progress
 from steepest.selection.result import Selection
-from steepest.selection.review import Review
-from steepest.selection.review import review as look
 from steepest.selection.samples import Samples
 from steepest.selection.scan import BatchLosses, FixedModel, LossFn
-from steepest.selection.stored import plain
+from steepest.selection.share import Share
+from steepest.selection.together import Together, attempt
 
 __all__ = ["select_subset"]
+
+_NOT_COMPARED = "The gradients of the kept samples were not compared"
 
 
 def select_subset(
@@ -45,12 +55,31 @@ def select_subset(
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 30.0,
     review: bool = True,
+    process_group: Any = None,
+    alone: bool = False,
 ) -> Selection:
     """Choose the samples to train on, by the gradients of a model that is held fixed.
 
     The model is used as it is: train it for a while first. It runs in eval mode and is left as it was found. The data
     are gone through in their own order, so give them without shuffling in mind and without random augmentation:
     passes that see different data are refused.
+
+    Several processes: where `torch.distributed` has been started, all of them must make this call, with the same
+    model, data and options, and all get the same selection. Each reads and scores a stretch of the batches that one
+    process would read (of a stream it reads all and scores every W-th batch), so that scores of single samples are
+    those of one process; `SAGE` merges the sketches of all in the order of the ranks, which is a sketch with the same
+    bound but not the same numbers. The first process makes the choice from the scores of all. The fingerprint is that
+    of one process. What fails on one fails on all. The first process alone calls ``progress``, warns, and writes what
+    `Selection.save` is to write; each process keeps a checkpoint of its own, ``checkpoint.R-of-W``, to be continued by
+    as many processes. With n samples on the process that has most of W, k kept ones, labels, and no stream, a process
+    gives to collectives, in bytes::
+
+        gathered     8 n in each pass over the data, and 40 n once: positions, labels, digests for the fingerprint
+                     + 4 n for scores, or 4 n times the numbers that a method keeps of each sample
+        broadcast    12 k + 4 N: what the first process chose, and the scores of all
+        review       reduced 8 D, gathered 32 of each kept sample of the process that looks at most of them
+        SAGE         sent 4 l D but by the first; reduced 8 C D, or 8 C l for a consensus in the sketch;
+                     broadcast 4 l D + 8 C l; gathered 2 l n for projections that are kept
 
     Args:
         model: The model that scores; None for a method that looks at no model, such as `Random`.
@@ -72,6 +101,9 @@ def select_subset(
             ``fraction`` and ``count`` may change. It is removed when the selection is done.
         checkpoint_every: Seconds between two writes of it; Ctrl-C writes it too.
         review: Whether to go through the kept samples once more, to tell how alike they are.
+        process_group: The processes of `torch.distributed` that select together; None for all. It does nothing where
+            no process group was made.
+        alone: Whether this process selects without the others.
 
     Returns:
         The selection.
@@ -90,65 +122,100 @@ def select_subset(
         >>> selection.indices.shape
         torch.Size([20])
     """
-    method = checked_method(method)
-    amount = Amount(fraction, count)
-    check_real("checkpoint_every", checkpoint_every, low=0.0)
-    check_callers(progress, checkpoint)
-    run = method.begin()
-    samples = roles(run, method, Samples(data, labels=labels, batch_size=batch_size), reference, batch_size)
+    ranks = None if alone else Ranks.current(process_group)
+    together = None if ranks is None else Together(ranks)
+    with attempt(together):
+        method = checked_method(method)
+        amount = Amount(fraction, count)
+        check_real("checkpoint_every", checkpoint_every, low=0.0)
+        check_callers(progress, checkpoint)
+        run = method.begin()
+        samples = roles(run, method, Samples(data, labels=labels, batch_size=batch_size), reference, batch_size)
+        number = samples["data"].num_samples
 
-    def at_length(number: int) -> None:
-        amount.of(number)
-        if (expect := getattr(run, "expect", None)) is not None:  # some methods want to know N beforehand
-            expect(number)
+        def at_length(number: int) -> None:
+            amount.of(number)
+            if (expect := getattr(run, "expect", None)) is not None:  # some methods want to know N beforehand
+                expect(number)
 
-    if (number := samples["data"].num_samples) is not None:
-        at_length(number)
+        if number is not None:
+            at_length(number)
+        with_model = takes_model(run, method, model, loss_fn, batch_losses, review)
+        identity = _identity(method, samples["data"])
+    told = progress
+    parts: Mapping[Role, Samples | Share] = samples
+    if together is not None:
+        check_joins(run, method)
+        together.alike(identity | _given(fraction, count, review, with_model, checkpoint is not None))
+        parts = {role: Share(part, together.ranks.rank, together.ranks.size) for role, part in samples.items()}
+        run.shared = True
+        told = progress if together.leads else None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # or nothing of the selection could take part in training
         fixed, model_hash = None, ""
-        if takes_model(run, method, model, loss_fn, batch_losses, review) and model is not None:
-            stack.enter_context(on_device(model, device))
-            fixed = FixedModel(model, method.scope, loss_fn, batch_losses)
-            model_hash = fixed.fingerprint
-            stack.enter_context(fixed)
-        passes = Passes(run, samples, fixed if run.passes else None, progress)
+        with attempt(together):
+            if with_model and model is not None:
+                stack.enter_context(on_device(model, device))
+                fixed = FixedModel(model, method.scope, loss_fn, batch_losses)
+                model_hash = fixed.fingerprint
+                stack.enter_context(fixed)
+            identity |= {"model": model_hash if run.passes else "", "device": _device(model if run.passes else None)}
+        if together is not None:
+            together.alike({"model": model_hash})
+        passes = Passes(run, parts, fixed if run.passes else None, told, together)
         keeper = None
         if checkpoint is not None:
-            identity = _identity(method, samples["data"], *((model_hash, model) if run.passes else ("", None)))
-            keeper = Keeper(Path(checkpoint), passes, identity, checkpoint_every)
+            with attempt(together):
+                keeper = Keeper(Path(checkpoint), passes, identity, checkpoint_every, together)
             keeper.restore()
-            if passes.num_samples is not None:
-                at_length(passes.num_samples)
+            with attempt(together):
+                if passes.num_samples is not None:
+                    at_length(passes.num_samples)
         _go(passes, keeper, at_length)
-        picked = _picked(passes, run, method, amount)
-        if fixed is not None and fixed.fingerprint != model_hash:
-            raise SelectionError(
-                "the model changed while it scored: its parameters or buffers are not those of the beginning. Train it "
-                "before or after, and not in the loss or in another thread."
-            )
+        picked = choose(passes, run, method, amount, together)
+        with attempt(together):
+            _check_model_unchanged(fixed, model_hash)
         notes: list[str] = []
-        seen = _look(data, samples["data"], picked, fixed, passes, run, notes) if review else None
+        seen = look_at(data, parts["data"], picked, fixed, passes, run, notes, together) if review else None
+        selection = assemble(picked, passes, seen, method, run, model_hash if run.passes else "", notes, together)
         if keeper:
             keeper.remove()
-        selection = _selection(picked, passes, seen, method, run, model_hash if run.passes else "", notes)
-    if lost := vanished(selection.report.class_counts):
+    if selection.writes and (lost := vanished(selection.report.class_counts)):
         warnings.warn(lost, stacklevel=2)
     return selection
 
 
-def _identity(method: Method, data: Samples, model_hash: str, model: nn.Module | None) -> dict[str, Any]:
+def _identity(method: Method, data: Samples) -> dict[str, Any]:
     """What a checkpoint must agree with. The number to keep is not in it: it matters to the choice alone."""
-    device = next((str(parameter.device) for parameter in model.parameters()), "cpu") if model is not None else "none"
     return {
         "method": method.name,
-        "options": _options(method),
-        "model": model_hash,
+        "options": options_of(method),
+        "model": "",
         "number of samples": data.num_samples,
         "batch size": data.batch_size,
-        "device": device,
+        "device": "",
         **versions(),
     }
+
+
+def _device(model: nn.Module | None) -> str:
+    return "none" if model is None else next((str(parameter.device) for parameter in model.parameters()), "cpu")
+
+
+def _check_model_unchanged(fixed: FixedModel | None, model_hash: str) -> None:
+    if fixed is not None and fixed.fingerprint != model_hash:
+        raise SelectionError(
+            "the model changed while it scored: its parameters or buffers are not those of the beginning. Train it "
+            "before or after, and not in the loss or in another thread."
+        )
+
+
+def _given(
+    fraction: float | None, count: int | None, review: bool, with_model: bool, checkpoint: bool
+) -> dict[str, Any]:
+    """What all processes must have been given beside what a checkpoint must agree with."""
+    given = {"fraction": fraction, "count": count, "review": review, "model": with_model, "checkpoint": checkpoint}
+    return {f"whether there is a {name}" if isinstance(value, bool) else name: value for name, value in given.items()}
 
 
 def _go(passes: Passes, keeper: Keeper | None, at_length: Callable[[int], object]) -> None:
@@ -156,79 +223,6 @@ def _go(passes: Passes, keeper: Keeper | None, at_length: Callable[[int], object
         passes.go(lambda: None, at_length)
         return
     with keeper.guard():
-        passes.go(keeper.after_batch, at_length)
-    keeper.write()  # the choice may take long too
-
-
-def _options(method: Method) -> dict[str, Any]:
-    content = plain(method)
-    if not isinstance(content, dict):  # somebody's own method that is no dataclass
-        return {"method": content}
-    return {name: value for name, value in content.items() if name != "type"}
-
-
-def _picked(passes: Passes, run: Run, method: Method, amount: Amount) -> Picked:
-    began = time.monotonic()
-    number = passes.num_samples or 0
-    count = amount.of(number)
-    run.tell = lambda done, total: passes.tell_pick(done, total, time.monotonic() - began)
-    picked = run.pick(count, passes.labels)
-    indices = picked.indices
-    right = len(indices) == count == len(picked.weights) and bool((indices.diff() > 0).all())
-    if not right or int(indices[0]) < 0 or int(indices[-1]) >= number:
-        raise SelectionError(
-            f"{method} returned {len(indices)} positions and {len(picked.weights)} weights: a method must pick {count} "
-            f"ascending positions below {number}, with a weight for each."
-        )
-    passes.seconds += time.monotonic() - began
-    return picked
-
-
-def _look(
-    data: Any,
-    samples: Samples,
-    picked: Picked,
-    fixed: FixedModel | None,
-    passes: Passes,
-    run: Run,
-    notes: list[str],
-) -> Review:
-    try:
-        return look(data, samples, picked.indices, fixed, passes.tell_review)
-    except (UnsupportedModelError, CaptureError) as error:
-        if run.passes:
-            raise
-        # The method needed no gradients: that there are none must not keep it from its choice.
-        notes.append(f"The gradients of the kept samples were not compared: {error}")
-        return look(data, samples, picked.indices, None, passes.tell_review)
-
-
-def _selection(
-    picked: Picked, passes: Passes, seen: Review | None, method: Method, run: Run, model_hash: str, notes: list[str]
-) -> Selection:
-    counts = class_counts(passes.labels, picked.indices)
-    report = SelectionReport(
-        seconds=passes.seconds,
-        review_seconds=seen.seconds if seen else 0.0,
-        passes=run.passes,
-        estimate=passes.estimate,
-        class_counts=counts,
-        mean_cosine=seen.mean_cosine if seen else None,
-        duplicates=seen.duplicates if seen else None,
-        numbers=dict(picked.numbers),
-        notes=(*picked.notes, *class_notes(counts, len(picked.indices)), *notes),
-        kept=len(picked.indices),
-        num_samples=passes.num_samples or 0,
-    )
-    return Selection(
-        indices=picked.indices.cpu(),
-        scores=None if picked.scores is None else picked.scores.cpu(),
-        weights=picked.weights.cpu(),
-        labels=passes.labels,
-        method=method.name,
-        options=_options(method),
-        num_samples=passes.num_samples or 0,
-        fingerprint=passes.fingerprint,
-        model_hash=model_hash,
-        report=report,
-    )
+        passes.go(keeper.after_batch, at_length, keeper.after_pass)
+    if passes.alone:
+        keeper.write()  # the choice may take long too; several processes have written after the pass

@@ -37,8 +37,8 @@ class Source(ABC):
     num_batches: int | None = None
 
     @abstractmethod
-    def contents(self, start: int, number: int) -> Iterator[tuple[int, Any, int]]:
-        """Go through the data from batch ``start`` on, for the ``number``-th time: position, content and size."""
+    def contents(self, start: int, stop: int | None, number: int) -> Iterator[tuple[int, Any, int]]:
+        """Go through the batches from ``start`` to ``stop``, for the ``number``-th time: position, content and size."""
 
 
 class Tensors(Source):
@@ -48,11 +48,11 @@ class Tensors(Source):
         self._tensors, self.batch_size, self.dataset = tuple(tensors), batch_size, dataset
         self.num_samples = len(self._tensors[0])
 
-    def contents(self, start: int, number: int) -> Iterator[tuple[int, Any, int]]:
+    def contents(self, start: int, stop: int | None, number: int) -> Iterator[tuple[int, Any, int]]:
         """Cut slices."""
         del number
         total, size = len(self._tensors[0]), self.batch_size or DEFAULT_BATCH_SIZE
-        for position in range(start * size, total, size):
+        for position in range(start * size, _limit(stop, size, total), size):
             content = to_device(tuple(tensor[position : position + size] for tensor in self._tensors), "cpu")
             yield position, content, min(size, total - position)
 
@@ -74,10 +74,10 @@ class Mapped(Source):
             names = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout", "prefetch_factor")
             self._workers = {name: getattr(loader, name) for name in names}
 
-    def contents(self, start: int, number: int) -> Iterator[tuple[int, Any, int]]:
+    def contents(self, start: int, stop: int | None, number: int) -> Iterator[tuple[int, Any, int]]:
         """Fetch the samples in order, in the workers of the user's loader where it has some."""
         size = self.batch_size or DEFAULT_BATCH_SIZE
-        positions = range(start * size, self.num_samples or 0)
+        positions = range(start * size, _limit(stop, size, self.num_samples or 0))
         if not positions:
             return
         with warnings.catch_warnings():  # of too many workers: the user's own loader has said so
@@ -102,13 +102,13 @@ class Streamed(Source):
     def __init__(self, dataset: Any, batch_size: int, collate: Collate) -> None:
         self.dataset, self.batch_size, self._collate = dataset, batch_size, _Collate(collate)
 
-    def contents(self, start: int, number: int) -> Iterator[tuple[int, Any, int]]:
+    def contents(self, start: int, stop: int | None, number: int) -> Iterator[tuple[int, Any, int]]:
         """Go through the stream, and past the batches before ``start``."""
         loader = DataLoader(
             _stream(self.dataset), batch_size=self.batch_size, collate_fn=self._collate, generator=_generator(number)
         )
         position = start * (self.batch_size or DEFAULT_BATCH_SIZE)
-        for content, length in map(_checked, islice(_begin(loader), start, None)):
+        for content, length in map(_checked, islice(_begin(loader), start, stop)):
             yield position, content, length
             position += length
 
@@ -120,11 +120,11 @@ class Batches(Source):
         self._data, self.dataset = data, data if dataset is None else dataset
         self.num_batches = len(data) if isinstance(data, (list, tuple)) else None
 
-    def contents(self, start: int, number: int) -> Iterator[tuple[int, Any, int]]:
+    def contents(self, start: int, stop: int | None, number: int) -> Iterator[tuple[int, Any, int]]:
         """Go through the batches, and past those before ``start``."""
         del number
         position = 0
-        for count, content in enumerate(self._data):
+        for count, content in enumerate(islice(self._data, stop)):
             size = _size(content, count)
             if count >= start:
                 yield position, to_device(content, "cpu"), size
@@ -188,6 +188,11 @@ def _checked(collated: tuple[Any, int]) -> tuple[Any, int]:
 
 def _stream(dataset: Any) -> "IterableDataset[Any]":
     return dataset if isinstance(dataset, IterableDataset) else _Stream(dataset)
+
+
+def _limit(stop: int | None, size: int, total: int) -> int:
+    """Where batches end, in samples."""
+    return total if stop is None else min(stop * size, total)
 
 
 def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:

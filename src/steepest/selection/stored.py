@@ -20,7 +20,7 @@ from steepest.errors import SelectionError
 from steepest.selection.checks import check_path
 from steepest.selection.report import Estimate, SelectionReport
 
-__all__ = ["plain", "read_selection", "write_selection"]
+__all__ = ["plain", "read_selection", "selection_path", "write_selection"]
 
 _FORMAT = 1
 _DTYPES = {"indices": torch.int64, "scores": torch.float32, "weights": torch.float32, "labels": torch.int64}
@@ -98,6 +98,11 @@ def write_selection(
     write_atomically(npz, buffer.getvalue())
     write_atomically(beside, text)
     return npz
+
+
+def selection_path(path: Any) -> Path:
+    """Path of the NPZ file, with or without suffix given."""
+    return _paths(path)[0]
 
 
 def read_selection(path: Any) -> tuple[dict[str, Any], dict[str, Any], SelectionReport]:

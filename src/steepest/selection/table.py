@@ -35,17 +35,19 @@ class Table:
     def nbytes(self) -> int:
         """Bytes that it holds, or will hold in the end where that is known."""
         held = sum(block.nbytes for block in self._blocks)
-        return max(held, 4 * self._width * self.expected) if self.expected else held
+        return max(held, 4 * self.width * self.expected) if self.expected else held
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Numbers in a row; 0 as long as there is none."""
         return self._blocks[0].shape[1] if self._blocks else 0
 
-    def append(self, rows: Tensor) -> None:
+    def append(self, rows: Tensor, first: int | None = None) -> None:
         """Add rows ``[B, W]`` of any float dtype.
 
         Args:
             rows: The rows, on any device.
+            first: Position in the data of the first of them, for messages, where it is not their number.
 
         Raises:
             InvalidOptionError: If the table grows beyond its limit, or is known to.
@@ -54,7 +56,7 @@ class Table:
         rows = rows.detach().to("cpu", torch.float32)
         self._check_memory(len(rows), rows.shape[1])
         if not bool(rows.isfinite().all()):
-            sample = self.num_rows + int((~rows.isfinite()).any(1).int().argmax())
+            sample = (self.num_rows if first is None else first) + int((~rows.isfinite()).any(1).int().argmax())
             raise NonFiniteError(
                 f"The features of sample {sample} hold NaN or infinity (in float32), and no distance to them exists: "
                 "look at that sample, or at the model's weights."
@@ -77,13 +79,34 @@ class Table:
         Returns:
             ``[n, W]``.
         """
-        out = torch.empty(len(positions), self._width, dtype=torch.float32, device="cpu")
-        size = self._block_rows(self._width)
+        out = torch.empty(len(positions), self.width, dtype=torch.float32, device="cpu")
+        size = self._block_rows(self.width)
         edges = torch.searchsorted(positions, torch.arange(len(self._blocks) + 1, device="cpu") * size).tolist()
         for number, block in enumerate(self._blocks):
             span = slice(edges[number], edges[number + 1])
             torch.index_select(block, 0, positions[span] - number * size, out=out[span])
         return out
+
+    def own(self, width: int, total: int) -> Tensor:
+        """Return all rows, to be joined with those of other processes.
+
+        Args:
+            width: Numbers in a row, of a table without rows too.
+            total: How many rows there will be then.
+
+        Returns:
+            ``[n, W]``.
+        """
+        self._check_memory(total - self.num_rows, width)
+        return self.gather(torch.arange(self.num_rows, device="cpu")) if self.num_rows else torch.zeros(0, width)
+
+    def replace(self, rows: Tensor) -> None:
+        """Take other rows, of as many numbers, in place of those that it has.
+
+        Args:
+            rows: ``[n, W]`` in float32 on the CPU; not copied.
+        """
+        self._blocks, self.num_rows = list(rows.split(self._block_rows(rows.shape[1]))), len(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows; blocks are shared, for what comes later is written behind these rows."""
