@@ -17,17 +17,34 @@ import torch
 from ranks import run_ranks
 from steepest.errors import InvalidOptionError
 from steepest.training.checkpoint import Keeping
+from steepest.training.compare import resolve_options
 from steepest.training.execute import execute
 from steepest.training.processes import check_shares, refuse_several
 from steepest.training.registry import optimizers
+from steepest.training.source import Source, resolve
 from steepest.training.spec import RunSpec
 
-OPTIMIZERS = ("sgd", "adam", "lbfgs", "lpsgdm")
+OPTIMIZERS = ("sgd", "adam", "lbfgs", "lpsgdm", "sven", "fop")
 
 
 def spec_of(name: str) -> RunSpec:
-    kind = optimizers()[name].options
-    return RunSpec("diabetes", name, {**kind, "lr": 0.02}, epochs=2, batch_size=24)
+    entry = optimizers()[name]
+    options = resolve_options(resolve(Source("diabetes")), entry, {"lr": 0.02})
+    return RunSpec("diabetes", name, options, epochs=2, batch_size=24)
+
+
+def selected(folder: Path) -> dict[str, Any]:
+    spec = RunSpec("digits_wrong20", "adam", {"lr": 0.002}, epochs=3, batch_size=24, select="sage:0.3:every=2")
+    folder.mkdir(parents=True, exist_ok=True)
+    keeping = Keeping(folder / "checkpoint.pt", folder / "model.pt", every=0.01)
+    record = execute(spec, keeping=keeping)
+    return {
+        "status": record.status,
+        "error": record.error,
+        "kept": [one.kept for one in record.selections],
+        "digests": [one.digest for one in record.selections],
+        "losses": [point.val_loss for point in record.history],
+    }
 
 
 def summary(folder: Path, name: str, stop_after: int | None = None) -> dict[str, Any]:
@@ -57,6 +74,7 @@ def shared(rank: int, world: int, folder: str) -> dict[str, Any]:
     except KeyboardInterrupt:
         interrupted = 1
     found["interrupted"] = interrupted
+    found["selected"] = selected(Path(folder) / "selected")
     found["again"] = summary(Path(folder) / "again", "adam")
     return found
 
@@ -64,6 +82,7 @@ def shared(rank: int, world: int, folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_that_share_every_batch_make_the_run_of_one(world: int, tmp_path: Path) -> None:
     alone = {name: summary(tmp_path / "alone" / name, name) for name in OPTIMIZERS}
+    chosen = selected(tmp_path / "alone" / "selected")
     first, *others = run_ranks(world, tmp_path / "ranks", shared, str(tmp_path / "shared"))
     for found in (first, *others):
         for name in OPTIMIZERS:
@@ -76,6 +95,9 @@ def test_processes_that_share_every_batch_make_the_run_of_one(world: int, tmp_pa
             assert mine["losses"][same] == pytest.approx(alone[name]["losses"][same], rel=2e-4), name
             assert mine["train"][1:][same] == pytest.approx(alone[name]["train"][1:][same], rel=0.2), name
         assert found["interrupted"] == 1
+        assert found["selected"]["status"] == "finished", found["selected"]["error"]
+        assert found["selected"] == first["selected"]
+        assert found["selected"]["kept"] == chosen["kept"]
         assert found["again"]["losses"] == found["adam"]["losses"]
     assert alone["sgd"]["processes"] is None
     saved = torch.load(tmp_path / "shared" / "again" / "checkpoint.pt", weights_only=True)
@@ -105,7 +127,9 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     refuse_several("compare")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidOptionError, match=r"steepest compare makes every run .* without torchrun"):
+    with pytest.raises(
+        InvalidOptionError, match=r"steepest compare does its work from one process: start it without torchrun"
+    ):
         refuse_several("compare")
 
 

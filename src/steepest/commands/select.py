@@ -27,6 +27,7 @@ from steepest.selection.scan import FixedModel
 from steepest.selection.stored import plain
 from steepest.training.data import Split, Splits
 from steepest.training.environment import environment_row
+from steepest.training.processes import refuse_several
 from steepest.training.select_options import get_method, parse_pairs
 from steepest.training.selecting import reads_reference, try_out
 from steepest.training.settings import merge
@@ -81,6 +82,7 @@ def select(settings: SelectSettings, *, fresh: bool, json: bool) -> int:
     Raises:
         KeyboardInterrupt: If it was interrupted; the same command goes on.
     """
+    refuse_several("select")
     job = _job(settings)
     job.places.prepare(fresh=fresh, weights=settings.weights)
     try:

@@ -153,7 +153,9 @@ class Trainer:
         self._synchronise()
         start = time.perf_counter()
         # All states are those of before the selection until it is done: a checkpoint meanwhile has it made again.
-        subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, between)
+        # Of several processes the first alone is told of progress, and all would have to save together.
+        meanwhile = between if self.ranks is None else _nothing
+        subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, meanwhile)
         self._synchronise()
         _, seconds = self._agreed(None, time.perf_counter() - start)
         self.subset = subset

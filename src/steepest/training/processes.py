@@ -72,7 +72,7 @@ def alone_first(ranks: Ranks | None) -> Iterator[None]:
 
 
 def refuse_several(command: str) -> None:
-    """Refuse a command that starts processes of its own.
+    """Refuse a command that works in one process.
 
     Args:
         command: Its name.
@@ -82,8 +82,8 @@ def refuse_several(command: str) -> None:
     """
     if launched() > 1:
         raise InvalidOptionError(
-            f"steepest {command} makes every run in a process of its own: start it without torchrun; steepest train "
-            "is the command that shares one run among several processes"
+            f"steepest {command} does its work from one process: start it without torchrun; steepest train is the "
+            "command that shares a run among several, --select included"
         )
 
 
