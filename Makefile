@@ -64,13 +64,14 @@ format: $(STAMP) ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## steps of Sven, KFAC, FOP and LPSGDM, the Gram, the paper's problems: records and tables (25 minutes)
+bench: $(STAMP) ## steps of Sven, KFAC, FOP and LPSGDM, the Gram, attention, the paper's problems: records, tables (30 minutes)
 	$(BIN)/python benchmarks/sven_step.py
 	$(BIN)/python benchmarks/gram_forms.py
 	$(BIN)/python benchmarks/sven_problems.py
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/kfac_step.py
 	$(BIN)/python benchmarks/lpsgd_step.py
+	$(BIN)/python benchmarks/attention_length.py
 	@if $(BIN)/python -c 'import curvlinops' 2>/dev/null; then $(BIN)/python benchmarks/kfac_factors.py; \
 	  else echo "kfac_factors.py skipped: make peers installs curvlinops"; fi
 	@if $(BIN)/python -c 'import torchjd' 2>/dev/null; then $(BIN)/python benchmarks/torchjd_gram.py; \
