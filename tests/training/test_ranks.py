@@ -124,13 +124,13 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InvalidOptionError, match=r"batch of 32 samples cannot be shared evenly by 3 processes.*of 3"):
         check_shares(32, Three())  # type: ignore[arg-type]
     check_shares(33, Three())  # type: ignore[arg-type]
-    refuse_several("compare")
+    refuse_several("select")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        InvalidOptionError, match=r"steepest compare does its work from one process: start it without torchrun"
+        InvalidOptionError, match=r"steepest select does its work from one process: start it without torchrun"
     ):
-        refuse_several("compare")
+        refuse_several("select")
 
 
 def torchrun(*arguments: str, **settings: str) -> subprocess.Popen[str]:
@@ -165,6 +165,28 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_comparison_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    arguments = ("compare", "diabetes", "--optimizers", "sgd,sven,kfac", "--seeds", "1", "--epochs", "2",
+                 "--batch-size", "24", "--tune", "2")  # fmt: skip
+    both = torchrun("-m", "steepest", *arguments, "--out", str(tmp_path / "two"))
+    out, errors = both.communicate(timeout=300)
+    assert both.returncode == 0, errors
+    assert out.count("report ") == 1
+    one = subprocess.run(
+        [sys.executable, "-m", "steepest", *arguments, "--out", str(tmp_path / "one")], capture_output=True, check=True
+    )
+    assert one.returncode == 0
+    found = {}
+    for name in ("one", "two"):
+        records = [json.loads(path.read_text()) for path in sorted((tmp_path / name / "records").glob("*.jsonl"))]
+        found[name] = {r["optimizer"]: (r["options"]["lr"], r["final"]["val_loss"]) for r in records}
+        assert len(records) == 3
+        assert len(list((tmp_path / name / "tuning").glob("*.jsonl"))) == 18
+    for optimizer, (lr, loss) in found["one"].items():
+        assert found["two"][optimizer] == (pytest.approx(lr), pytest.approx(loss, rel=1e-3))
 
 
 @pytest.mark.slow

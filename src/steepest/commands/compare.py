@@ -7,12 +7,15 @@ import typer
 from rich.console import Console
 
 from steepest.commands.output import goals_for, print_files, print_tables, result_json
+from steepest.distributed import Ranks
 from steepest.errors import InvalidOptionError
 from steepest.report.live import listener_for
+from steepest.report.measure import Goals
 from steepest.report.outcome import write_outcome
-from steepest.training.compare import plan_runs, run_all
+from steepest.training.compare import Execute, plan_runs, run_all
+from steepest.training.execute import execute
 from steepest.training.isolate import execute_isolated
-from steepest.training.processes import refuse_several
+from steepest.training.processes import alone_first, check_shares, process_group
 from steepest.training.records import RecordStore, RunRecord
 from steepest.training.settings import CompareSettings
 from steepest.training.source import resolve
@@ -40,31 +43,60 @@ def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
     Raises:
         KeyboardInterrupt: If it was interrupted; finished runs are recorded.
     """
-    refuse_several("compare")
     request = settings.request()
     specs = plan_runs(request)
     goals = goals_for(settings.goal, settings.goal_metric, _metrics(settings, specs))
     trials = _trials(settings, specs)
     out = Path(settings.out or _FOLDER)
     store, tuning = RecordStore(out / "records"), RecordStore(out / "tuning")
-    store.prepare()
-    errors = Console(stderr=True, markup=False, highlight=False)
     choices: list[Choice] = []
-    try:
-        with listener_for(errors) as listener:
+    with process_group(settings.device) as ranks:
+        leads = ranks is None or ranks.rank == 0
+        errors = Console(stderr=True, markup=False, highlight=False, quiet=not leads)
+        for spec in specs:
+            check_shares(spec.batch_size, ranks)
+        with alone_first(ranks):
+            store.prepare()
+        try:
+            with listener_for(errors) as listener:
 
-            def series(title: str, runs: Sequence[RunSpec], where: RecordStore) -> list[RunRecord]:
-                listener.begin(title, len(runs))
-                make = lambda spec, on_epoch: execute_isolated(spec, on_epoch, timeout=settings.timeout)  # noqa: E731
-                return run_all(runs, where, listener, make, fresh=fresh)
+                def series(title: str, runs: Sequence[RunSpec], where: RecordStore) -> list[RunRecord]:
+                    listener.begin(title, len(runs))
+                    return run_all(runs, where, listener, _maker(settings, ranks), fresh=fresh, writes=leads)
 
-            if trials:
-                choices = choose(series("tuning", trials, tuning))
-                specs = apply_choices(specs, choices)
-            records = series("comparison", specs, store)
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; the finished runs are in {out}, the same command goes on from there")
-        raise
+                if trials:
+                    choices = choose(series("tuning", trials, tuning))
+                    specs = apply_choices(specs, choices)
+                records = series("comparison", specs, store)
+        except KeyboardInterrupt:
+            errors.print(f"interrupted; the finished runs are in {out}, the same command goes on from there")
+            raise
+    if leads:
+        _show(settings, records, choices, goals, out, store, json=json)
+    return 1 if any(record.status == "failed" for record in records) else 0
+
+
+def _maker(settings: CompareSettings, ranks: Ranks | None) -> Execute:
+    """How a run is made: in a process of its own, or by all processes that torchrun has started together."""
+    if ranks is None:
+        return lambda spec, on_epoch: execute_isolated(spec, on_epoch, timeout=settings.timeout)
+    if settings.timeout is not None:
+        raise InvalidOptionError(
+            "--timeout ends the process of a run, and under torchrun runs have none of their own: drop it"
+        )
+    return execute
+
+
+def _show(
+    settings: CompareSettings,
+    records: Sequence[RunRecord],
+    choices: Sequence[Choice],
+    goals: Goals,
+    out: Path,
+    store: RecordStore,
+    *,
+    json: bool,
+) -> None:
     files = write_outcome(records, out, goals=goals, subtitle=_subtitle(settings, records))
     if json:
         typer.echo(result_json(records, goals, {"records": store.folder, **files}))
@@ -73,7 +105,6 @@ def compare(settings: CompareSettings, *, fresh: bool, json: bool) -> int:
         _print_choices(console, choices)
         print_tables(console, records, goals)
         print_files(console, {"records": store.folder, "table": out / "summary.md", "report": out / "report.html"})
-    return 1 if any(record.status == "failed" for record in records) else 0
 
 
 def _metrics(settings: CompareSettings, specs: Sequence[RunSpec]) -> dict[str, list[str]]:

@@ -243,7 +243,13 @@ def _check_device(device: str) -> None:
 
 
 def run_all(
-    specs: Sequence[RunSpec], store: RecordStore, listener: Listener, execute: Execute, *, fresh: bool = False
+    specs: Sequence[RunSpec],
+    store: RecordStore,
+    listener: Listener,
+    execute: Execute,
+    *,
+    fresh: bool = False,
+    writes: bool = True,
 ) -> list[RunRecord]:
     """Carry out a plan; runs that have a record already are not repeated.
 
@@ -256,6 +262,7 @@ def run_all(
         listener: Who watches.
         execute: How a run is made.
         fresh: Repeat every run.
+        writes: Whether this process keeps the records; of several that make the runs together one does.
 
     Returns:
         One record per run, in the plan's order.
@@ -269,7 +276,8 @@ def run_all(
             continue
         listener.run_started(spec, number, len(specs))
         record = execute(spec, lambda point, spec=spec: listener.epoch_done(spec, point))  # type: ignore[misc]
-        store.write(spec, record)
+        if writes:
+            store.write(spec, record)
         listener.run_done(spec, record, resumed=False)
         records.append(record)
     return records
