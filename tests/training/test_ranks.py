@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def losses_in(folder: Path) -> list[float]:
 
 TRAIN = ("-m", "steepest", "train", "digits", "-o", "adam", "--epochs", "40", "--set", "lr=0.002",
          "--checkpoint-every", "0.3")  # fmt: skip
+KILLS = 4  # torchrun takes up to half a minute to end the others and start again
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -215,3 +217,25 @@ def test_a_scheduler_s_signal_and_a_killed_rank_lose_nothing(tmp_path: Path) -> 
     _, errors = run.communicate(timeout=300)  # torchrun starts all of them again, and they go on
     assert run.returncode == 0, errors
     assert losses_in(folder) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ranks_killed_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    moments = random.Random(0)
+    train = (*TRAIN[:7], "400", *TRAIN[8:])
+    whole = torchrun(*train, "--out", str(tmp_path / "whole"))
+    _, errors = whole.communicate(timeout=600)
+    assert whole.returncode == 0, errors
+    folder, kills = tmp_path / "killed", 0
+    run = torchrun("--max-restarts", "40", *train, "--resume", "--out", str(folder))
+    while run.poll() is None:
+        time.sleep(moments.uniform(0.5, 5.0))  # also while processes start, load and write
+        ranks = workers(run.pid)
+        if ranks and kills < KILLS:
+            os.kill(moments.choice(ranks), signal.SIGKILL)
+            kills += 1
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors[-3000:]
+    assert kills == KILLS
+    assert losses_in(folder) == losses_in(tmp_path / "whole")
