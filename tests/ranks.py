@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,10 +25,14 @@ def _run(rank: int, world: int, folder: str, work: Callable[..., Any], args: tup
         result: tuple[str, Any] = ("result", work(rank, world, *args))
     except BaseException as error:
         result = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
-    if result[0] == "result":  # the others may wait in vain for one that failed, but not for long
-        dist.barrier()
-    dist.destroy_process_group()
+    place = Path(folder, f"{rank}.part")
+    place.write_bytes(pickle.dumps(result))
+    place.rename(place.with_suffix(".pickle"))
+    # Leave together and without taking the group down: who closes a connection first can abort those who still wait.
+    deadline = time.monotonic() + 60
+    while len(list(Path(folder).glob("*.pickle"))) < world and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os._exit(0)
 
 
 def run_ranks(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -35,6 +41,7 @@ def run_ranks(world: int, folder: Path, work: Callable[..., Any], *args: Any) ->
     Starting processes takes seconds: one call should check many things.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    assert not list(folder.glob("*.pickle")), f"{folder} was used before"
     mp.spawn(_run, args=(world, str(folder), work, args), nprocs=world, join=True)
     found = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world)]
     errors = [f"rank {rank}: {value}" for rank, (kind, value) in enumerate(found) if kind == "error"]
