@@ -390,7 +390,7 @@ def test_ctrl_c_while_the_scorer_trains_ends_with_130_and_the_training_goes_on(t
         [*STEEPEST, *long, *out_of(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
     )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "subset.scorer.checkpoint").exists() and process.poll() is None:
+    while not list(tmp_path.glob("subset.scorer.checkpoints/step*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

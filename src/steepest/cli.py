@@ -188,11 +188,12 @@ def train(
     model: _Model = None,
     config: _Config = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder for record, model, checkpoint, report (runs/train/TASK-OPTIMIZER).")
+        str | None, typer.Option(help="Folder for record, model, checkpoints, report (runs/train/TASK-OPTIMIZER).")
     ] = None,
     checkpoint_every: Annotated[
         float | None, typer.Option(help="Wall-clock seconds between checkpoints (default 30).")
     ] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="How many checkpoints stay (default 2).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away checkpoint and record of this run.")] = False,
     json: Annotated[bool, _JSON] = False,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import nullcontext
+import functools
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import steepest as st
 from optim.kfac_runs import DOUBLE
+from ranks import run_ranks
+from steepest.optim.triangles import packed_size
 from zoo_parts import Net
 
 PERIODS: dict[str, Any] = {"factor_update_steps": 2, "inverse_update_steps": 4}
@@ -22,6 +27,23 @@ COMMON: dict[str, Any] = {
     "lr": 0.2, "damping": 0.03, "kl_clip": 1e-2, "momentum": 0.7, "embeddings": "kronecker", **PERIODS,
 }  # fmt: skip
 CLASSES = 3
+# Who does what: "half" is teams of two of four ranks, and "sharded" of two or three.
+MODES: dict[str, dict[str, Any]] = {
+    "replicated": {},
+    "sharded": {"distribution": "sharded"},
+    "hybrid": {"distribution": "hybrid"},
+    "half": {"distribution": "hybrid", "hybrid_fraction": 0.5},
+}
+# Layers (n, m) of the model, which one is a table, and how many parameters there are: tensors and numbers.
+SIDES, TABLE, TENSORS, NUMBERS = [(4, 7), (5, 13), (3, 16)], 0, 7, 28 + 65 + 10 + 48
+MATRICES = sum(n * m for n, m in SIDES)
+TRIANGLES = sum((m if i == TABLE else packed_size(m)) + packed_size(n) for i, (n, m) in enumerate(SIDES))
+BASES = [n * n + n + m + (m if i == TABLE else m * m) for i, (n, m) in enumerate(SIDES)]
+
+
+def counts_bytes(world: int) -> int:
+    """What every rank gives to the sum of counts, and to the verdict on one group of layers."""
+    return 8 * (3 + 4 * world + TENSORS + 4 * len(SIDES)) + 8 * 3
 
 
 def words() -> nn.Module:
@@ -141,6 +163,18 @@ def outcome(model: nn.Module, opt: Any) -> dict[str, Any]:
     }
 
 
+def running(work: Callable[..., Any], *args: Callable[[], Any]) -> Callable[..., Any]:
+    """A fixture: what every rank of a world found, each world started once, which takes longest."""
+
+    @pytest.fixture(scope="module")
+    def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
+        return functools.cache(
+            lambda world: run_ranks(world, tmp_path_factory.mktemp("ranks"), work, *(given() for given in args))
+        )
+
+    return ran
+
+
 def run_all(rank: int, world: int, cases: dict[str, Case]) -> dict[str, Any]:
     return {name: on_ranks(rank, case) for name, case in cases.items()}
 
@@ -165,3 +199,43 @@ def assert_identical(a: Any, b: Any, path: str = "") -> None:
             assert_identical(left, right, f"{path}[{i}]")
     else:
         assert a == b, path
+
+
+# -- what goes wrong, and what is saved --------------------------------------------------------------
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Any:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def broken(error: Exception) -> Any:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise error
+
+    return fail
+
+
+def told(action: Callable[..., Any], *args: Any) -> str:
+    try:
+        action(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def saved(model: nn.Module, opt: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, buffer)
+    return buffer.getvalue()
+
+
+def load(model: nn.Module, opt: Any, data: bytes) -> None:
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    model.load_state_dict(state["model"])
+    opt.load_state_dict(state["opt"])

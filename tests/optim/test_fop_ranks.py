@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,31 +14,38 @@ from torch import Tensor
 import steepest as st
 from optim.kfac_runs import SOLVERS, snapshot
 from optim.rank_runs import (
+    BASES,
     COMMON,
+    MATRICES,
+    MODES,
+    NUMBERS,
+    SIDES,
+    TRIANGLES,
     Case,
     alone,
     assert_close,
     assert_identical,
     batch,
     build,
+    counts_bytes,
     mean_gradients,
     named,
     outcome,
     run_all,
+    running,
+    told,
     words,
 )
 from optim.test_fop import DAMPING, LR, PLAIN, dense_step
-from ranks import run_ranks
-
-SIDES = [(4, 7), (5, 13), (3, 16)]
 
 
 def cases(world: int) -> dict[str, Case]:
     plain = Case((24 // world,) * world, kind="FOP", steps=5)
     found = {
         "replicated": plain,
-        "sharded": replace(plain, options={"distribution": "sharded"}),
-        "hybrid": replace(plain, options={"distribution": "hybrid"}),
+        "sharded": replace(plain, options=MODES["sharded"]),
+        "hybrid": replace(plain, options=MODES["hybrid"]),
+        "half": replace(plain, options=MODES["half"]),
         "corrected": replace(plain, options={"solver": SOLVERS["corrected"], "distribution": "sharded"}),
         "ddp": replace(plain, wrap="ddp", options={"distribution": "sharded"}),
         "passes": replace(plain, passes=True),
@@ -70,10 +76,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    """What every rank of a world found: all in one start of the processes, which takes longest."""
-    return functools.cache(lambda world: run_ranks(world, tmp_path_factory.mktemp("ranks"), everything))
+ran = running(everything)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -87,26 +90,26 @@ def test_all_ranks_take_the_steps_of_one_process_with_their_batches_together(
         single = case.dtype == torch.float32
         assert_close(first["params"], truth["params"], 1e-3 if single else 1e-9, 1e-4 if single else 1e-11, name)
         for rank in range(world):
-            assert_identical({**first, "held": 0}, {**found[rank][name], "held": 0}, f"{name} on rank {rank}")
+            own = {"held": 0, "traffic": 0} if name == "half" else {"held": 0}
+            assert_identical({**first, **own}, {**found[rank][name], **own}, f"{name} on rank {rank}")
         assert first["layers"].keys() == truth["layers"].keys() == {"table", "conv", "out"}
         for key, layer in truth["layers"].items():
             assert layer.gate
             assert first["layers"][key].r == pytest.approx(layer.r, rel=1e-2 if single else 1e-7)
             assert first["layers"][key].eta == pytest.approx(layer.eta, rel=1e-3 if single else 1e-7)
-    for mode in ("sharded", "hybrid"):
+    for mode in MODES:
         assert_identical(found[0]["replicated"]["params"], found[0][mode]["params"], mode)
     plain = alone(replace(runs["replicated"], kind="KFAC"))
     assert any((plain["params"][k] - p).norm() > 1e-3 * p.norm() for k, p in found[0]["replicated"]["params"].items())
-    matrices, count = sum(n * m for n, m in SIDES), len(SIDES)
-    kfac = replace(runs["sharded"], kind="KFAC")
-    more = 8 * (2 + count) + 8 * matrices  # counts, and the gradients of the halves
-    assert found[0]["sharded"]["traffic"].broadcast == kfac.steps * 8 * (matrices + 4 * count)
-    assert found[0]["sharded"]["traffic"].calls == found[0]["replicated"]["traffic"].calls + kfac.steps * min(world, 3)
-    header = 8 * (3 + 4 * world + 7 + 4 * count) + 8 * 3
-    triangles = 8 * (7 + 10 + 91 + 15 + 136 + 6)
-    updates = 4  # in steps 0, 1, 2 and 4
-    expected = kfac.steps * (header + 8 * 151 + more) + updates * triangles
+    count, steps, updates = len(SIDES), 5, 4  # factors are updated in steps 0, 1, 2 and 4
+    more = 8 * (2 + count) + 8 * MATRICES  # counts, and the gradients of the halves
+    assert found[0]["sharded"]["traffic"].broadcast == steps * 8 * (MATRICES + 4 * count)
+    assert found[0]["sharded"]["traffic"].calls == found[0]["replicated"]["traffic"].calls + steps * min(world, 3)
+    expected = steps * (counts_bytes(world) + 8 * NUMBERS + more) + updates * 8 * TRIANGLES
     assert found[0]["replicated"]["traffic"].reduced == expected
+    if world == 4:  # of each team, what its layers' decompositions hold; they are renewed in steps 0, 1 and 4
+        teams = sum(found[rank]["half"]["traffic"].broadcast for rank in (0, 2))
+        assert teams == 2 * steps * 8 * (MATRICES + 4 * count) + 3 * 8 * sum(BASES)
 
 
 def groups(rank: int, world: int) -> dict[str, Any]:
@@ -125,9 +128,9 @@ def groups(rank: int, world: int) -> dict[str, Any]:
         torch.distributed.broadcast(gradient, src=group * (world // 2))
         both.append(gradient)
     results = {}
-    for mode in ("replicated", "sharded", "hybrid"):
+    for mode, chosen in MODES.items():
         model = words().double()
-        opt = st.FOP(model, **{**PLAIN, "embeddings": "kronecker", "distribution": mode})
+        opt = st.FOP(model, **{**PLAIN, "embeddings": "kronecker", **chosen})
         F.cross_entropy(model(x[local]), y[local]).backward()
         opt.step()
         results[mode] = outcome(model, opt)
@@ -151,7 +154,7 @@ def test_the_halves_are_the_two_groups_of_the_paper(world: int, ran: Callable[[i
     mean = {name: (primary[name] + secondary[name]) / 2 for name in primary}
     moves = dense(opt, primary, secondary, mean)
     for of in found:
-        for mode in ("replicated", "sharded", "hybrid"):
+        for mode in MODES:
             for name, move in moves.items():
                 torch.testing.assert_close(of[mode]["params"][name], before[name] - LR * move, rtol=1e-6, atol=1e-9)
 
@@ -173,10 +176,7 @@ def misuse(rank: int, world: int) -> dict[str, Any]:
     before, found = snapshot(model), {}
 
     def attempt(name: str) -> None:
-        try:
-            opt.step()
-        except st.errors.SteepestError as error:
-            found[name] = f"{type(error).__name__}: {error}"
+        found[name] = told(opt.step)
         opt.zero_grad()
         assert_identical(before, snapshot(model))
 

@@ -4,41 +4,54 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steepest as st
-from optim.kfac_runs import DOUBLE, EVERY, SOLVERS, factors, snapshot
+from optim.kfac_runs import DOUBLE, EVERY, SOLVERS, factors
 from optim.rank_runs import (
+    BASES,
     COMMON,
+    MATRICES,
+    MODES,
+    NUMBERS,
+    SIDES,
+    TRIANGLES,
     Case,
     alone,
     assert_close,
     assert_identical,
     batch,
+    broken,
     build,
+    counts_bytes,
+    load,
     outcome,
+    replaced,
     run_all,
+    running,
+    saved,
+    told,
     words,
 )
-from ranks import run_ranks
+from optim.rank_troubles import check_troubles, troubles
+from steepest.distributed.ranks import LostRankError
+from steepest.optim.crew import Crew
 from steepest.optim.shards import Shards
 from steepest.optim.triangles import pack, packed_size, unpack
 from zoo_parts import Net
 
-MODES = ("replicated", "sharded", "hybrid")
-# Layers (n, m) of the model, and how long the input factor's message is; its parameters; steps that update factors
-SIDES, TABLE, PARAMS, STEPS, UPDATES, REFRESHES = [(4, 7), (5, 13), (3, 16)], 0, 28 + 65 + 10 + 48, 6, 4, 3
+# Of every run: steps, those that update factors, and those that decompose them
+STEPS, UPDATES, REFRESHES = 6, 4, 3
+TEAMS = {2: 1, 3: 1, 4: 2}  # how many ranks "half" of them are
 
 
 def cases(world: int) -> dict[str, Case]:
@@ -46,12 +59,12 @@ def cases(world: int) -> dict[str, Case]:
     found = {}
     for solver, made in SOLVERS.items():
         fisher = st.Exact() if solver == "cholesky" else st.Empirical()
-        for mode in MODES:
-            found[f"{solver}-{mode}"] = Case(equal, options={"solver": made, "fisher": fisher, "distribution": mode})
+        for mode, chosen in MODES.items():
+            found[f"{solver}-{mode}"] = Case(equal, options={"solver": made, "fisher": fisher, **chosen})
     plain = Case(equal)
     found |= {
         "ddp": replace(plain, wrap="ddp"),
-        "ddp-sharded": replace(plain, wrap="ddp", options={"distribution": "sharded"}),
+        "ddp-half": replace(plain, wrap="ddp", options=MODES["half"]),
         "inner": replace(plain, wrap="inner", options={"distribution": "hybrid"}),
         "accumulated": replace(plain, micro=2),
         "accumulated-ddp": replace(plain, micro=2, wrap="ddp"),
@@ -63,23 +76,18 @@ def cases(world: int) -> dict[str, Case]:
     return found
 
 
-TROUBLED = {2: "replicated", 3: "sharded", 4: "hybrid"}
-CULPRIT = {2: 1, 3: 2, 4: 2}  # a rank that owns a layer
+TROUBLED = {2: ("replicated", "hybrid"), 3: ("sharded",), 4: ("half",)}
 
 
 def everything(rank: int, world: int, old: dict[str, bytes]) -> dict[str, Any]:
-    found = {"cases": run_all(rank, world, cases(world)), "troubles": troubles(rank, world, TROUBLED[world])}
+    found: dict[str, Any] = {"cases": run_all(rank, world, cases(world))}
+    found["troubles"] = {mode: troubles(rank, world, mode) for mode in TROUBLED[world]}
     if world == 2:
         found["unlike"] = unlike(rank, world)
-    if world == 3:
+    if world == 4:
         found["resumed"] = resumed(rank, world, old)
+        found["groups"] = groups()
     return found
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    """What every rank of a world found: all in one start of the processes, which takes longest."""
-    return functools.cache(lambda world: run_ranks(world, tmp_path_factory.mktemp("ranks"), everything, one_process()))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -94,38 +102,46 @@ def test_all_ranks_take_the_steps_of_one_process_with_their_batches_together(
         assert_close(first["params"], truth["params"], 2e-4 if single else 1e-10, 1e-5 if single else 1e-12, name)
         for rank in range(world):
             # parameters, diagnostics, and all that a checkpoint holds, to the bit
-            assert_identical({**first, "held": 0}, {**found[rank][name], "held": 0}, f"{name} on rank {rank}")
+            own = {"held": 0, "traffic": 0} if "half" in name else {"held": 0}
+            assert_identical({**first, **own}, {**found[rank][name], **own}, f"{name} on rank {rank}")
         assert first["diagnostics"].update_norm == pytest.approx(truth["diagnostics"].update_norm, rel=1e-3)
         assert first["diagnostics"].num_decompositions == truth["diagnostics"].num_decompositions
     for solver in SOLVERS:
         first = found[0][f"{solver}-replicated"]
-        for mode in MODES[1:]:
+        for mode in MODES:
             other = found[0][f"{solver}-{mode}"]
             assert_identical(first["params"], other["params"], f"{solver}-{mode}")
             assert_identical(first["state"]["state"], other["state"]["state"], f"{solver}-{mode}")
-    held = [ranks["eigenbasis-sharded"]["held"] for ranks in found]
-    assert sum(held) == len(SIDES)
-    assert max(held) < len(SIDES)
-    check_traffic(world, found[0])
+    check_shares(world, found)
 
 
-def check_traffic(world: int, found: dict[str, Any]) -> None:
-    """The bytes are those of the documentation, for numbers of 8 bytes."""
-    count, trained = len(SIDES), 7
-    header = 8 * (3 + 4 * world + trained + 4 * count) + 8 * 3  # counts, and the verdict on one group of layers
-    triangles = sum((m if i == TABLE else packed_size(m)) + packed_size(n) for i, (n, m) in enumerate(SIDES))
-    matrices = sum(n * m for n, m in SIDES)
-    expected = STEPS * (header + 8 * PARAMS) + UPDATES * 8 * triangles
-    basis = sum(n * n + n + m + (m if i == TABLE else m * m) for i, (n, m) in enumerate(SIDES))
-    for name, reduced, broadcast in (
-        ("eigenbasis-replicated", expected, 0),
-        ("ddp", expected - STEPS * 8 * PARAMS, 0),
-        ("eigenbasis-sharded", expected, STEPS * 8 * matrices),
-        ("eigenbasis-hybrid", expected, REFRESHES * 8 * basis),
-        ("corrected-replicated", expected + (UPDATES - 1) * 8 * matrices, 0),
-    ):
-        traffic = found[name]["traffic"]
-        assert (traffic.reduced, traffic.broadcast, traffic.gathered) == (reduced, broadcast, 0), name
+def check_shares(world: int, found: list[dict[str, Any]]) -> None:
+    """Every rank holds and gives what the documentation says, in numbers of 8 bytes."""
+    expected = STEPS * (counts_bytes(world) + 8 * NUMBERS) + UPDATES * 8 * TRIANGLES
+    moments = (UPDATES - 1) * 8 * MATRICES
+    team, every, directions = TEAMS[world], REFRESHES * 8 * sum(BASES), STEPS * 8 * MATRICES
+    corrected = every + 8 * sum((REFRESHES * (n * m - n - m) for n, m in SIDES))
+    for rank, of in enumerate(found):
+        mine = [i for i, owner in enumerate(owners(world, team)) if owner // team == rank // team]
+        shared = REFRESHES * 8 * sum(BASES[i] for i in mine) if team > 1 else 0
+        for name, held, reduced, broadcast in (
+            ("eigenbasis-replicated", 3, expected, 0),
+            ("ddp", 3, expected - STEPS * 8 * NUMBERS, 0),
+            ("eigenbasis-sharded", owners(world, 1).count(rank), expected, directions),
+            ("eigenbasis-hybrid", 3, expected, every),
+            ("eigenbasis-half", len(mine), expected, shared + directions),
+            ("ddp-half", len(mine), expected - STEPS * 8 * NUMBERS, shared + directions),
+            ("corrected-replicated", 3, expected + moments, 0),
+            ("corrected-half", 3, expected + moments, corrected + directions),
+        ):
+            traffic = of[name]["traffic"]
+            given = (of[name]["held"], traffic.reduced, traffic.broadcast, traffic.gathered)
+            assert given == (held, reduced, broadcast, 0), f"{name} on rank {rank} of {world}"
+
+
+def owners(world: int, team: int) -> list[int]:
+    """Of the table, the convolution and the last layer, whose decompositions cost 71, 2322 and 4123."""
+    return {(2, 1): [1, 1, 0], (3, 1): [2, 1, 0], (4, 1): [2, 1, 0], (4, 2): [3, 2, 0]}[world, team]
 
 
 @pytest.mark.parametrize("size", range(1, 8))
@@ -140,104 +156,10 @@ def test_a_triangle_holds_a_symmetric_matrix(size: int) -> None:
 # -- what goes wrong on one rank ---------------------------------------------------------------------
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Any:
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-def broken(error: Exception) -> Any:
-    def fail(*_args: Any, **_options: Any) -> None:
-        raise error
-
-    return fail
-
-
-def told(opt: Any, closure: Any = None) -> str:
-    try:
-        opt.step(closure)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def troubles(rank: int, world: int, mode: str) -> dict[str, Any]:
-    case = Case((4,) * world, options={**EVERY, "distribution": mode})
-    model, opt, _ = build(case)
-    local = slice(4 * rank, 4 * rank + 4)
-    guilty = rank == CULPRIT[world]
-
-    def backward(step: int, spoil: float = 1.0) -> torch.Tensor:
-        x, y = batch(4 * world, step)
-        opt.zero_grad()
-        loss = F.cross_entropy(model(x[local]), y[local]) * spoil
-        loss.backward()
-        return loss
-
-    for step in range(2):
-        backward(step)
-        opt.step()
-    before, kept = snapshot(model), copy.deepcopy(opt.state_dict())
-    errors = {}
-    backward(2, float("nan") if guilty else 1.0)
-    errors["nan"] = told(opt)
-    opt._skip_nonfinite = True
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        backward(2, float("inf") if guilty else 1.0)
-        errors["skipped"] = told(opt)
-    errors["warned"] = len(caught)
-    opt._skip_nonfinite = False
-    skipped, opt._memory["num_skipped"] = opt._memory["num_skipped"], 0
-    backward(2)
-    with replaced(torch.linalg, "eigh", broken(KeyError("odd")) if guilty else torch.linalg.eigh):
-        errors["eigh"] = told(opt)
-    backward(2)
-    with replaced(type(opt), "_direction", broken(ValueError("odd")) if guilty else type(opt)._direction):
-        errors["direction"] = told(opt)
-    backward(2)
-    with replaced(type(opt), "_updated", broken(ValueError("odd")) if guilty else type(opt)._updated):
-        errors["factors"] = told(opt)
-    errors["closure"] = told(opt, broken(KeyError("y")) if guilty else lambda: backward(2))
-    opt.zero_grad()
-    errors["no backward"] = told(opt)
-    assert_identical(before, snapshot(model))
-    assert_identical(kept, opt.state_dict())
-    failures = []
-    for step in range(2, 6):  # the decomposition fails on one rank, three times in a row
-        backward(step)
-        error = torch.linalg.LinAlgError("no convergence")
-        with replaced(torch.linalg, "eigh", broken(error) if guilty and step < 5 else torch.linalg.eigh):
-            failures += [(told(opt).split(":")[0], opt.diagnostics.num_failures)]
-    backward(6)
-    opt.step()
-    return {"errors": errors, "skipped": skipped, "failures": failures, **outcome(model, opt)}
-
-
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_what_fails_on_one_rank_fails_on_all_and_changes_nothing(world: int, ran: Callable[[int], list[Any]]) -> None:
-    found = [of["troubles"] for of in ran(world)]
-    for rank, of in enumerate(found):
-        errors, own = of["errors"], rank == CULPRIT[world]
-        assert errors["nan"].startswith(f"NonFiniteError: A gradient holds NaN or infinity on rank {CULPRIT[world]} of")
-        assert errors["skipped"] == "no error"
-        assert errors["warned"] == of["skipped"] == 1
-        for key, text in (
-            ("eigh", "KeyError: 'odd'"), ("direction", "ValueError: odd"), ("factors", "ValueError: odd"),
-            ("closure", "KeyError: 'y'"),
-        ):  # fmt: skip
-            assert errors[key].endswith(text), errors[key]
-            assert own or errors[key].startswith("RankError"), errors[key]
-        assert errors["no backward"].startswith("CaptureError")
-        assert_identical(of["failures"], found[0]["failures"])
-        assert_identical(of["state"], found[0]["state"])
-        assert_identical(of["params"], found[0]["params"])
-    assert [kind for kind, _ in found[0]["failures"]] == ["no error", "no error", "DecompositionError", "no error"]
-    assert [count > 0 for _, count in found[0]["failures"]] == [True, True, True, False]
+    for mode in TROUBLED[world]:
+        check_troubles(world, mode, [of["troubles"][mode] for of in ran(world)])
 
 
 # -- what differs between ranks -----------------------------------------------------------------------
@@ -262,7 +184,7 @@ def unlike(rank: int, world: int) -> dict[str, Any]:
         for mode in MODES:  # a layer that the first rank does not use, and in the first step nobody
             model = branching()
             called = DistributedDataParallel(model, find_unused_parameters=True) if wrap == "ddp" else model
-            opt = st.KFAC(called, **{**COMMON, **EVERY, "distribution": mode, "fisher": st.Exact()})
+            opt = st.KFAC(called, **{**COMMON, **EVERY, **MODES[mode], "fisher": st.Exact()})
             for step in range(4):
                 x, y = inputs(step, rank)
                 model.both = rank > 0 and step > 0
@@ -281,14 +203,14 @@ def unlike(rank: int, world: int) -> dict[str, Any]:
     torch.manual_seed(rank)
     model = nn.Linear(4, 3)
     F.cross_entropy(model(x[:, :4].float()), y).backward()
-    found["starts"] = told(st.KFAC(model))
+    found["starts"] = told(st.KFAC(model).step)
     case = Case((4,) * world)
     model, opt, _ = build(case)
     x, y = batch(4, rank)
     if rank:
         opt.load_state_dict({**opt.state_dict(), "state": {0: {"steps": 7, "num_skipped": 0}}})
     F.cross_entropy(model(x), y).backward()
-    found["steps"] = told(opt)
+    found["steps"] = told(opt.step)
     # a loss scale of each rank's own
     model, opt, _ = build(case)
     for step in range(3):
@@ -361,31 +283,24 @@ def go_on(case: Case, model: nn.Module, opt: Any, rank: int, steps: range) -> di
 def resumed(rank: int, world: int, old: dict[str, bytes]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for solver, mode in SAVED:
-        case = Case((24 // world,) * world, options={"solver": SOLVERS[solver], "distribution": mode})
+        case = Case((24 // world,) * world, options={"solver": SOLVERS[solver], **MODES[mode]})
         model, opt, _ = build(case)
         go_on(case, model, opt, rank, range(4))  # within a period
-        buffer = io.BytesIO()
-        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, buffer)
+        data = saved(model, opt)
         whole = go_on(case, model, opt, rank, range(4, 8))
         other, again, _ = build(case)
-        load(other, again, buffer.getvalue())
+        load(other, again, data)
         assert_identical(whole["params"], go_on(case, other, again, rank, range(4, 8))["params"], f"{solver}-{mode}")
         smaller, from_one, _ = build(case)
         load(smaller, from_one, old[solver])
         found[f"{solver}-{mode}"] = {
-            "saved": buffer.getvalue(),
+            "saved": data,
             "from one": go_on(case, smaller, from_one, rank, range(4, 8))["params"],
             "twin": outcome(model, copy.deepcopy((model, opt))[1])["state"]["state"],
             "params": whole["params"],
             "state": whole["state"]["state"],
         }
     return found
-
-
-def load(model: nn.Module, opt: Any, saved: bytes) -> None:
-    state = torch.load(io.BytesIO(saved), weights_only=True)
-    model.load_state_dict(state["model"])
-    opt.load_state_dict(state["opt"])
 
 
 @functools.cache
@@ -396,14 +311,23 @@ def one_process() -> dict[str, bytes]:
         case = Case((24,), options={"solver": SOLVERS[solver]})
         model, opt, _ = build(case)
         go_on(case, model, opt, 0, range(4))
-        buffer = io.BytesIO()
-        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, buffer)
-        old[solver] = buffer.getvalue()
+        old[solver] = saved(model, opt)
     return old
 
 
+def groups() -> list[float]:
+    """Seconds that the process groups of this rank wait for others."""
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for group in dist.distributed_c10d._world.pg_map
+    ]
+
+
+ran = running(everything, one_process)
+
+
 def test_a_checkpoint_goes_on_to_the_bit_and_serves_any_number_of_ranks(ran: Callable[[int], list[Any]]) -> None:
-    found, truth = [of["resumed"] for of in ran(3)], {}
+    found, truth = [of["resumed"] for of in ran(4)], {}
     for solver in SOLVERS:
         case = Case((24,), options={"solver": SOLVERS[solver]})
         model, opt, _ = build(case)
@@ -415,28 +339,49 @@ def test_a_checkpoint_goes_on_to_the_bit_and_serves_any_number_of_ranks(ran: Cal
             assert_identical(of[name]["params"], found[0][name]["params"], name)
             assert_identical(of[name]["twin"], of[name]["state"], name)
             assert_close(of[name]["from one"], truth[solver], 1e-9, 1e-11, f"{name} from one")
-        case = Case((24,), options={"solver": SOLVERS[solver], "distribution": mode})
+        case = Case((24,), options={"solver": SOLVERS[solver], **MODES[mode]})
         model, opt, _ = build(case)
         load(model, opt, found[1][name]["saved"])
         assert_close(go_on(case, model, opt, 0, range(4, 8))["params"], truth[solver], 1e-9, 1e-11, f"{name} to one")
 
 
+def test_teams_found_two_groups_that_wait_no_longer_than_the_ranks_do(ran: Callable[[int], list[Any]]) -> None:
+    for of in ran(4):
+        assert of["groups"] == [60.0] * 3  # all ranks, a team, and its like in the other; for all optimizers of the run
+
+
 def test_the_work_is_divided_by_its_cost() -> None:
     model = words()
     opt = st.KFAC(model, embeddings="kronecker")
-    shards = Shards(opt._crew, st.Eigenbasis(), opt._blocks)
-    with replaced(type(opt._crew), "place", property(lambda _: (0, 2))):
-        owners = {block.name: shards.owner(block) for block in opt._blocks.values()}
-    assert owners == {"out": 0, "conv": 1, "table": 1}  # 3^3 + 16^3, 5^3 + 13^3, 4^3 + 7
+    for (world, team), mode in {(2, 1): "sharded", (3, 1): "half", (4, 1): "sharded", (4, 2): "half"}.items():
+        crew = Crew(model, **dict(zip(("distribution", "fraction"), MODES[mode].values(), strict=False)))
+        shards = Shards(crew, st.Eigenbasis(), opt._blocks)
+        with replaced(Crew, "place", property(lambda _, world=world: (0, world))):
+            assert [shards.owner(block) for block in opt._blocks.values()] == owners(world, team)
 
 
 def test_an_unknown_distribution_is_refused() -> None:
-    with pytest.raises(st.errors.InvalidOptionError, match="distribution='split'"):
-        st.KFAC(words(), distribution="split")
+    for options, text in (
+        ({"distribution": "split"}, "distribution='split'"),
+        ({"distribution": "hybrid", "hybrid_fraction": 0.0}, "hybrid_fraction"),
+        ({"distribution": "hybrid", "hybrid_fraction": 1.5}, "hybrid_fraction"),
+        ({"distribution": "sharded", "hybrid_fraction": 0.5}, "hybrid_fraction=0.5 has no meaning with"),
+    ):
+        with pytest.raises(st.errors.InvalidOptionError, match=text):
+            st.KFAC(words(), **options)
+
+
+def test_ranks_that_never_come_to_save_are_told_of() -> None:
+    crew = Crew(words(), "sharded")
+    with (
+        replaced(Crew, "tally", broken(LostRankError("[rank 0/2] lost contact"))),
+        pytest.raises(LostRankError, match=r"lost contact. It was in state_dict\(\).*on every rank"),
+    ):
+        crew.meet_to_save({}, [])
 
 
 def test_one_process_has_no_ranks_and_no_traffic() -> None:
-    runs = [alone(Case((8,), options={"distribution": mode})) for mode in MODES]
+    runs = [alone(Case((8,), options=chosen)) for chosen in MODES.values()]
     for run in runs:
         assert run["traffic"] is None
         assert run["held"] == 3

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from steepest.training import checkpoint, spec
+from made_checkpoints import change_manifest, forge, manifest_of, newest
+from steepest.training import spec
 from steepest.training.checkpoint import Keeping, saved_settings
+from steepest.training.checkpoints import identity, together
+from steepest.training.checkpoints.folders import complete_folders
 from steepest.training.compare import resolve_options
 from steepest.training.errors import CheckpointError, OutputError
 from steepest.training.execute import execute
@@ -31,13 +37,17 @@ def stop_after(steps: int) -> Callable[[], bool]:
 
 
 def keeping(folder: Path, steps: int = 10**9, every: float = 1e9) -> Keeping:
-    return Keeping(folder / "checkpoint.pt", folder / "model.pt", every=every, stop=stop_after(steps))
+    return Keeping(folder / "checkpoints", folder / "model.pt", every=every, stop=stop_after(steps))
 
 
 def numbers(record: RunRecord) -> tuple[object, ...]:
     """Everything that must not depend on interruptions: all but the clock."""
     history = [(p.epoch, p.steps, p.train_loss, p.val_loss, p.diagnostics, p.series) for p in record.history]
     return record.status, record.final, record.fingerprint, record.steps, history
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
 
 
 def interrupted(run: RunSpec, folder: Path, steps: int) -> None:
@@ -77,15 +87,16 @@ def test_checkpoints_change_nothing_and_are_written_as_often_as_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    write = checkpoint.write_tensors
+    complete = together.complete
 
-    def count(path: Path, content: dict[str, object]) -> None:
-        written.append(path)
-        write(path, content)
+    def count(temporary: Path, target: Path) -> None:
+        written.append(target)
+        complete(temporary, target)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", count)
+    monkeypatch.setattr(together, "complete", count)
     record = execute(SPEC, keeping=keeping(tmp_path, every=0.0))
-    assert len(written) == 24
+    assert [path.name for path in written] == [f"step-{steps:08d}" for steps in range(24)]
+    assert complete_folders(tmp_path / "checkpoints") == written[-2:]
     assert numbers(record) == numbers(execute(SPEC))
     written.clear()
     execute(SPEC, keeping=keeping(tmp_path))
@@ -121,87 +132,70 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(
     changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     interrupted(SPEC, tmp_path, 3)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = content_of(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         execute(replace(SPEC, **changes), keeping=keeping(tmp_path))  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "--fresh" in str(caught.value)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert content_of(tmp_path) == before
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(SPEC, tmp_path, 3)
-    monkeypatch.setattr(checkpoint, "package_version", lambda name: f"{name} of tomorrow")
+    monkeypatch.setattr(identity, "package_version", lambda name: f"{name} of tomorrow")
     with pytest.raises(CheckpointError, match="this is steepest steepest of tomorrow"):
         execute(SPEC, keeping=keeping(tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint, "_FORMAT", 4)
-    with pytest.raises(CheckpointError, match="has checkpoint format 3, this steepest reads 4"):
+    change_manifest(newest(tmp_path), lambda content: content.update(format=5))
+    with pytest.raises(CheckpointError, match=r"step-00000003 has checkpoint format 5, this steepest reads 4.*--fresh"):
         execute(SPEC, keeping=keeping(tmp_path))
     assert spec.package_version("torch") == torch.__version__
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "bits", "other", "folder"])
-def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
-    interrupted(SPEC, tmp_path, 3)
-    path = tmp_path / "checkpoint.pt"
-    content = path.read_bytes()
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    elif damage == "other":
-        torch.save([1, 2], path)
-    elif damage == "bits":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
-    else:
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt .*--fresh"):
-        execute(SPEC, keeping=keeping(tmp_path))
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "bits"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(damage: str, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = execute(SPEC, keeping=keeping(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        execute(SPEC, keeping=keeping(tmp_path, 11, every=0.0))  # one before every step
-    path = tmp_path / "checkpoint.pt"
-    content = path.read_bytes()
-    middle = len(content) // 2
-    damaged = {"cut": content[:middle], "empty": b"", "bits": content[:middle] + bytes(64) + content[middle + 64 :]}
-    path.write_bytes(damaged[damage])
-    assert '"' not in saved_settings(path)
-    said: list[str] = []
-    resumed = execute(SPEC, keeping=replace(keeping(tmp_path), say=said.append))
-    assert numbers(resumed) == numbers(whole)
-    (line,) = said
-    assert "checkpoint.pt" in line
-    assert line.endswith(f"going on from the one before it, {tmp_path / 'checkpoint.previous.pt'}")
-    checkpoint.forget(path)
-    assert not list(tmp_path.glob("*checkpoint*"))
-
-
 def test_a_model_of_another_shape_under_the_same_key_is_refused(tmp_path: Path) -> None:
     interrupted(SPEC, tmp_path, 3)
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    content["model"]["0.weight"] = torch.zeros(3, 3)
-    torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(CheckpointError, match=r"does not fit the model of this run.*0\.weight"):
+    tensors = forge(newest(tmp_path), lambda tensors: tensors.update({"model.0.weight": torch.zeros(3, 3)}))
+    assert "optimizer.state.0.weight.momentum_buffer" in tensors
+    with pytest.raises(
+        CheckpointError, match=r"step-00000003 does not fit the model of this run: 0\.weight was \[3, 3\]"
+    ):
         execute(SPEC, keeping=keeping(tmp_path))
+
+
+def test_parameters_of_another_optimizer_under_the_same_key_are_named(tmp_path: Path) -> None:
+    interrupted(SPEC, tmp_path, 3)
+
+    def rename(content: dict[str, Any]) -> None:
+        content["state"]["optimizer"]["param_groups"][0]["params"][0] = "0.gain"
+
+    change_manifest(newest(tmp_path), rename)
+    with pytest.raises(CheckpointError, match=r"does not fit .*not both have 0\.gain, 0\.weight; begin anew"):
+        execute(SPEC, keeping=keeping(tmp_path))
+
+
+def test_everything_goes_by_names(tmp_path: Path) -> None:
+    interrupted(replace(SPEC, optimizer="adam", options={"lr": 0.01}), tmp_path, 3)
+    content = manifest_of(newest(tmp_path))
+    state = content["state"]
+    assert state["model"]["2.bias"]["key"] == "model.2.bias"
+    assert state["optimizer"]["state"]["0.weight"]["exp_avg"]["key"] == "optimizer.state.0.weight.exp_avg"
+    assert state["optimizer"]["param_groups"][0]["params"][:2] == ["0.weight", "0.bias"]
+    assert (content["processes"], content["generators"]["cpu"], state["progress"]["steps"]) == (1, 1, 3)
+    assert not any(word in json.dumps(content) for word in (str(tmp_path), "step-"))
+    assert str(tmp_path).encode() not in (newest(tmp_path) / ".metadata").read_bytes()
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(SPEC, tmp_path, 3)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = content_of(tmp_path)
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("steepest._files.os.fsync", full)
-    with pytest.raises(OutputError, match=r"checkpoint\.pt cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"step-0+3\.1 cannot be written \(No space left on device\).*before it are"):
         execute(SPEC, keeping=keeping(tmp_path, every=0.0))
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert content_of(tmp_path) == before
     monkeypatch.undo()
     assert numbers(execute(SPEC, keeping=keeping(tmp_path))) == numbers(execute(SPEC))
 
@@ -209,13 +203,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
 def test_a_checkpoint_knows_what_the_user_asked_for(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         execute(SPEC, keeping=replace(keeping(tmp_path, 3), settings='{"task": "diabetes"}'))
-    assert saved_settings(tmp_path / "checkpoint.pt") == '{"task": "diabetes"}'
+    assert saved_settings(tmp_path / "checkpoints") == '{"task": "diabetes"}'
 
 
 def test_a_budget_of_seconds_is_continued_where_it_was(tmp_path: Path) -> None:
     run = replace(SPEC, epochs=None, seconds=0.3, schedule="constant")
     interrupted(run, tmp_path, 5)
-    spent = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["seconds"]
+    spent = manifest_of(newest(tmp_path))["state"]["progress"]["seconds"]
     record = execute(run, keeping=keeping(tmp_path))
     assert 0 < spent < 0.3 <= record.seconds
     assert record.steps > 5

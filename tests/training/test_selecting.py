@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from made_checkpoints import manifest_of, newest
 from steepest.errors import InvalidOptionError
 from steepest.selection import select as room
 from steepest.selection.features import FeatureRun
@@ -237,7 +238,7 @@ def stop_after(calls: int) -> Callable[[], bool]:
 
 
 def keeping(folder: Path, calls: int = 10**9) -> Keeping:
-    return Keeping(folder / "checkpoint.pt", folder / "model.pt", every=1e9, stop=stop_after(calls))
+    return Keeping(folder / "checkpoints", folder / "model.pt", every=1e9, stop=stop_after(calls))
 
 
 # 16 steps, then the selection, which looks after every batch of its passes.
@@ -254,10 +255,9 @@ def test_a_continued_run_is_bit_identical(select: str, calls: int, tmp_path: Pat
 def test_an_interrupted_selection_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         execute(SPEC, keeping=keeping(tmp_path, 19))
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert (content["progress"]["epoch"], content["progress"]["batch"], content["progress"]["steps"]) == (2, 0, 16)
-    assert content["subset"] is None
-    assert content["progress"]["selections"] == []
+    state = manifest_of(newest(tmp_path))["state"]
+    assert [state["progress"][name] for name in ("epoch", "batch", "steps", "selections")] == [2, 0, 16, []]
+    assert state["subset"] is None
 
 
 def test_a_run_can_be_stopped_in_the_midst_of_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,9 +286,9 @@ def test_a_finished_selection_is_not_made_again(tmp_path: Path, monkeypatch: pyt
     run = replace(SPEC, select="random:0.1")
     with pytest.raises(KeyboardInterrupt):
         execute(run, keeping=keeping(tmp_path, 30))
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert 16 < content["progress"]["steps"] <= 30
-    assert len(content["subset"]["indices"]) == 108
+    state = manifest_of(newest(tmp_path))["state"]
+    assert 16 < state["progress"]["steps"] <= 30
+    assert state["subset"]["indices"]["shape"] == [108]
     whole = execute(run)
     monkeypatch.setattr(room, "select_subset", None)
     assert numbers(execute(run, keeping=keeping(tmp_path))) == numbers(whole)

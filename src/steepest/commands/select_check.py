@@ -3,12 +3,15 @@
 import hashlib
 import json
 import math
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from steepest._files import write_atomically
+from steepest.commands.select_shared import leads
 from steepest.errors import SelectionError
 from steepest.report.groups import label_of
 from steepest.report.measure import LOSS, Measure
@@ -17,10 +20,14 @@ from steepest.report.words import count, number
 from steepest.selection.result import Selection
 from steepest.selection.select import select_subset
 from steepest.selection.simple import Random
+from steepest.selection.together import Together, attempt
+from steepest.training.checkpoint import Keeping
 from steepest.training.convert import convert
 from steepest.training.data import Splits
 from steepest.training.execute import execute
+from steepest.training.records import RunRecord
 from steepest.training.spec import RunSpec
+from steepest.training.stopping import stop_requested
 from steepest.training.subsets import Subset
 from steepest.training.task import Task
 
@@ -41,8 +48,11 @@ def check_selection(
     cost: float,
     kept: Path,
     console: Console,
+    together: Together | None = None,
 ) -> Check:
     """Train the models of a check; those that were trained before are not repeated.
+
+    Several processes share every run. Runs of another number of them are repeated: their seconds would be others.
 
     Args:
         selection: The selection.
@@ -53,12 +63,15 @@ def check_selection(
         cost: Seconds of the selection, its scorer included.
         kept: File of the runs that are done.
         console: Where progress goes.
+        together: The processes that torchrun started, or None.
 
     Returns:
         The check.
     """
-    identity = f"{spec.key()} {_digest(selection)}"
-    runs = _read(kept, identity)
+    identity = f"{spec.key()} {_digest(selection)}" + ("" if together is None else f" by {together.ranks.size}")
+    with attempt(together):
+        runs = _read(kept, identity) if leads(together) else []
+    runs = runs if together is None else together.one(runs)
     done = {(run.arm, run.seed) for run in runs}
     wanted: list[tuple[Arm, int]] = [(arm, seed) for seed in range(seeds) for arm in ARMS]
     console.print(f"check: {count(len(wanted), 'run')} of {count(spec.epochs or 0, 'epoch')}", soft_wrap=True)
@@ -66,10 +79,12 @@ def check_selection(
     for place, (arm, seed) in enumerate(wanted, start=1):
         if (arm, seed) in done:
             continue
-        run = _run(arm, replace(spec, seed=seed), splits, selection, measure)
+        run = _run(arm, replace(spec, seed=seed), splits, selection, measure, together)
         runs.append(run)
         content = {"format": _FORMAT, "identity": identity, "runs": [asdict(run) for run in runs]}
-        write_atomically(kept, json.dumps(content, allow_nan=False) + "\n")
+        with attempt(together):
+            if leads(together):
+                write_atomically(kept, json.dumps(content, allow_nan=False) + "\n")
         console.print(f"[{place:>{len(str(len(wanted)))}}/{len(wanted)}] {_line(run, measure)}", soft_wrap=True)
     return Check(
         runs=tuple(run for run in runs if run.seed < seeds),
@@ -91,13 +106,39 @@ def _measure(task: Task) -> Measure:
     return Measure(main.name, main.label, main.higher_is_better)
 
 
-def _run(arm: Arm, spec: RunSpec, splits: Splits, selection: Selection, measure: Measure) -> CheckRun:
-    record = execute(spec, subset=_subset(arm, spec.seed, splits, selection))
-    if record.status == "failed":
-        raise SelectionError(f"the training on {arm}, seed {spec.seed}, failed: {record.error}")
+def _run(
+    arm: Arm, spec: RunSpec, splits: Splits, selection: Selection, measure: Measure, together: Together | None
+) -> CheckRun:
+    with attempt(together):
+        subset = _subset(arm, spec.seed, splits, selection)
+    record = execute(spec, subset=subset) if together is None else _execute_together(spec, subset, together)
+    with attempt(together):
+        if record.status == "failed":
+            raise SelectionError(f"the training on {arm}, seed {spec.seed}, failed: {record.error}")
     if record.status == "diverged" or record.final is None:
         return CheckRun(arm, spec.seed, None, None, record.seconds)
     return CheckRun(arm, spec.seed, record.final.val_loss, record.final.val_metrics.get(measure.name), record.seconds)
+
+
+def _execute_together(spec: RunSpec, subset: Subset | None, together: Together) -> RunRecord:
+    """Make a run that Ctrl-C on one process ends on all before the same step; of such a run nothing is kept."""
+    ranks = together.ranks
+    with tempfile.TemporaryDirectory() as folder, stop_requested() as stop:
+
+        def stop_on_all() -> bool:
+            asked = torch.tensor([stop()], dtype=torch.float32, device=spec.device)
+            ranks.sum_([asked])
+            if asked.item():
+                raise KeyboardInterrupt
+            return False
+
+        place = Path(folder)
+        keeping = Keeping(checkpoints=place / "checkpoints", model=place / "model.pt", every=math.inf, stop=stop_on_all)
+        record = execute(spec, keeping=keeping, subset=subset)
+        with together.attempt():
+            if stop():  # after the last step
+                raise KeyboardInterrupt
+    return record
 
 
 def _subset(arm: Arm, seed: int, splits: Splits, selection: Selection) -> Subset | None:
@@ -106,7 +147,9 @@ def _subset(arm: Arm, seed: int, splits: Splits, selection: Selection) -> Subset
     if arm == "subset":
         return Subset(selection.indices, selection.weights)
     data = (splits.train.inputs, splits.train.targets)
-    drawn = select_subset(None, data, method=Random(seed=_FIRST_DRAW + seed), count=len(selection), review=False)
+    drawn = select_subset(
+        None, data, method=Random(seed=_FIRST_DRAW + seed), count=len(selection), review=False, alone=True
+    )
     return Subset(drawn.indices, drawn.weights)
 
 

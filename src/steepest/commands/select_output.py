@@ -49,6 +49,8 @@ def print_selected(console: Console, selected: Selected, files: Mapping[str, Pat
 def _facts(selected: Selected) -> list[tuple[str, str]]:
     report = selected.selection.report
     found = [("gradients of", selected.scorer.words), ("seconds", number(cost(selected)))]
+    if report.processes > 1:
+        found.append(("shared by", f"{report.processes} processes"))
     if report.class_counts:
         kept = [pair[0] for pair in report.class_counts.values()]
         each = f"{min(kept):,}" if min(kept) == max(kept) else f"{min(kept):,} to {max(kept):,}"
@@ -89,6 +91,7 @@ def selected_json(selected: Selected, files: Mapping[str, Path]) -> str:
         "options": selection.options,
         "kept": len(selection),
         "num_samples": selection.num_samples,
+        "processes": report.processes,
         "class_counts": counts,
         "mean_cosine": report.mean_cosine,
         "duplicates": report.duplicates,

@@ -1,5 +1,6 @@
 """Settings of `steepest select`, and the files that it writes."""
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from steepest.errors import InvalidOptionError, OutputError
 from steepest.selection.arguments import Amount
 from steepest.selection.method import Method
+from steepest.training.checkpoint import forget
 from steepest.training.compare import plan_runs
 from steepest.training.files import why, write_atomically
 from steepest.training.select_options import checked_options, get_method
@@ -191,15 +193,20 @@ class Places:
         """The selection under way."""
         return self._named("checkpoint")
 
+    def checkpoints(self) -> list[Path]:
+        """Files of the selection under way; of several processes each has one."""
+        pattern = f"{glob.escape(self.checkpoint.name)}.*-of-*"
+        return [self.checkpoint, *sorted(self.folder.glob(pattern))]
+
     @property
     def scorer(self) -> Path:
         """The scorer."""
         return self._named("scorer.pt")
 
     @property
-    def scorer_checkpoint(self) -> Path:
-        """The scorer's training under way."""
-        return self._named("scorer.checkpoint")
+    def scorer_checkpoints(self) -> Path:
+        """The scorer's training under way, a folder."""
+        return self._named("scorer.checkpoints")
 
     @property
     def check(self) -> Path:
@@ -225,9 +232,10 @@ class Places:
             raise OutputError(f"{self.subset} cannot be written ({why(error)}): name another file with -o") from error
         if fresh:
             written = (self.page, self.subset, self.words)
-            for path in (*written, self.checkpoint, self.scorer, self.scorer_checkpoint, self.check):
+            for path in (*written, *self.checkpoints(), self.scorer, self.check):
                 if weights is None or path.resolve() != Path(weights).resolve():
                     path.unlink(missing_ok=True)
+            forget(self.scorer_checkpoints)
 
     def _named(self, suffix: str) -> Path:
         return self.folder / f"{self.stem}.{suffix}"

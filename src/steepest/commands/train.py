@@ -14,12 +14,12 @@ from steepest.errors import InvalidOptionError
 from steepest.report.html import write_report
 from steepest.report.live import listener_for
 from steepest.report.measure import Goals
-from steepest.training.checkpoint import Keeping, forget, saved_settings
+from steepest.training.checkpoint import Keeping, any_checkpoint, forget, saved_settings
 from steepest.training.compare import plan_runs
 from steepest.training.errors import CheckpointError
 from steepest.training.execute import execute
 from steepest.training.files import prepare_folder
-from steepest.training.processes import alone_first, check_shares, process_group
+from steepest.training.processes import alone_first, check_shares, if_lost, process_group
 from steepest.training.records import RecordStore, RunRecord
 from steepest.training.select_text import selection_label
 from steepest.training.settings import TrainSettings, merge
@@ -28,7 +28,7 @@ from steepest.training.stopping import stop_requested
 
 __all__ = ["train", "train_settings"]
 
-_CHECKPOINT = "checkpoint.pt"
+_CHECKPOINTS = "checkpoints"
 
 
 def train_settings(
@@ -50,12 +50,12 @@ def train_settings(
     """
     settings = settings_from(TrainSettings, config, flags)
     if resume and settings.task is None and settings.data is None and settings.out is not None:
-        path = Path(settings.out) / _CHECKPOINT
-        if not path.exists():
+        folder = Path(settings.out) / _CHECKPOINTS
+        if any_checkpoint(folder) is None:
             raise CheckpointError(
                 f"there is no checkpoint in {settings.out}: name the folder of an unfinished run, or a task to begin"
             )
-        settings = merge(TrainSettings, json_module.loads(saved_settings(path)), flags)
+        settings = merge(TrainSettings, json_module.loads(saved_settings(folder)), flags)
     return merge(TrainSettings, vars(settings), {"options": parse_options(options, settings.optimizer)})
 
 
@@ -92,7 +92,7 @@ def train(settings: TrainSettings, *, resume: bool, fresh: bool, json: bool) -> 
         else:
             check_shares(spec.batch_size, ranks)
             with alone_first(ranks):
-                _settle_checkpoint(out / _CHECKPOINT, resume=resume, fresh=fresh)
+                _settle_checkpoint(out / _CHECKPOINTS, resume=resume, fresh=fresh)
                 prepare_folder(out)
                 store.prepare()
             record = _run(spec, settings, out, store, errors, leads=leads)
@@ -114,12 +114,14 @@ def _show(record: RunRecord, out: Path, path: Path, *, json: bool) -> None:
         print_files(console, files)
 
 
-def _settle_checkpoint(path: Path, *, resume: bool, fresh: bool) -> None:
+def _settle_checkpoint(folder: Path, *, resume: bool, fresh: bool) -> None:
     if fresh:
-        forget(path)
-    elif path.exists() and not resume:
+        forget(folder)
+        return
+    found = any_checkpoint(folder)
+    if found is not None and not resume:
         raise InvalidOptionError(
-            f"{path} is of a run that is not finished: --resume goes on with it, --fresh begins anew"
+            f"{found} is of a run that is not finished: --resume goes on with it, --fresh begins anew"
         )
 
 
@@ -128,23 +130,36 @@ def _folder_name(spec: RunSpec) -> str:
     return f"{spec.task}-{spec.optimizer}{selected}"
 
 
-def _beginning(checkpoint: Path, spec: RunSpec) -> str:
+def _beginning(checkpoints: Path, spec: RunSpec) -> str:
     on = "" if spec.select is None else f" on {selection_label(spec.select)}"
     what = f"{spec.task} with {spec.optimizer}{on}, seed {spec.seed}"
-    return f"{what}: going on from {checkpoint}" if checkpoint.exists() else what
+    found = any_checkpoint(checkpoints)
+    return what if found is None else f"{what}: going on from {found}"
+
+
+def _how_to_go_on(checkpoints: Path, out: Path) -> str:
+    found = any_checkpoint(checkpoints)
+    if found is None:
+        return "there is no checkpoint yet, the same command begins anew"
+    return f"the checkpoint {found.name} is there; to go on: torchrun ... -m steepest train --resume --out {out}"
 
 
 def _run(
     spec: RunSpec, settings: TrainSettings, out: Path, store: RecordStore, errors: Console, *, leads: bool
 ) -> RunRecord:
-    checkpoint = out / _CHECKPOINT
-    errors.print(_beginning(checkpoint, spec), soft_wrap=True)
-    with stop_requested() as stop, listener_for(errors, every_epoch=True) as listener:
+    checkpoints = out / _CHECKPOINTS
+    errors.print(_beginning(checkpoints, spec), soft_wrap=True)
+    with (
+        stop_requested() as stop,
+        if_lost(lambda: _how_to_go_on(checkpoints, out)),
+        listener_for(errors, every_epoch=True) as listener,
+    ):
         keeping = Keeping(
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
             model=out / "model.pt",
             settings=settings.to_json(),
             every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
             stop=stop,
             say=lambda text: errors.print(text, soft_wrap=True),
         )
@@ -153,7 +168,7 @@ def _run(
         try:
             record = execute(spec, lambda point: listener.epoch_done(spec, point), own_process=True, keeping=keeping)
         except KeyboardInterrupt:
-            if checkpoint.exists():
+            if any_checkpoint(checkpoints) is not None:
                 errors.print(f"interrupted; to go on: steepest train --resume --out {out}", soft_wrap=True)
             raise
         if leads:
@@ -161,5 +176,5 @@ def _run(
         listener.run_done(spec, record, resumed=False)
     if leads and record.status in {"finished", "diverged"}:
         # The record is there: a checkpoint that stayed behind would only be refused by the next run.
-        forget(checkpoint)
+        forget(checkpoints)
     return record

@@ -37,6 +37,22 @@ class SpreadJacobian(Jacobian):
         self._local, self._ranks, self._counts = local, ranks, tuple(counts)
         self._own = spans(counts)[ranks.rank]
 
+    @property
+    def local(self) -> Jacobian:
+        """This rank's rows."""
+        return self._local
+
+    def mapped(self, change: Callable[[Jacobian], Jacobian]) -> "SpreadJacobian":
+        """Change the columns of every rank's rows in the same way.
+
+        Args:
+            change: Gives a Jacobian of the same rows.
+
+        Returns:
+            The Jacobian of all rows.
+        """
+        return SpreadJacobian(self._alike(lambda: change(self._local)), self._ranks, self._counts)
+
     @caller_independent
     def gram(self, precision: Precision = "float64") -> Tensor:
         """Return ``J J^T`` of all rows, see `gathered_gram`.
@@ -141,7 +157,7 @@ class SpreadJacobian(Jacobian):
         Returns:
             The Jacobian of the kept columns.
         """
-        return SpreadJacobian(self._alike(lambda: self._local.restrict(index)), self._ranks, self._counts)
+        return self.mapped(lambda local: local.restrict(index))
 
     def cross_gram(self, other: Jacobian, precision: Precision = "float64") -> NoReturn:
         """Refuse."""

@@ -8,16 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steepest.errors import SteepestError
+from steepest.distributed.contact import LostRankError, RankError, contact
 
-__all__ = ["RankError", "Ranks", "Traffic"]
+__all__ = ["LostRankError", "RankError", "Ranks", "Traffic"]
 
 # Tensors of one type travel together, in messages of about this size.
 _BUCKET_BYTES = 1 << 25
-
-
-class RankError(SteepestError, RuntimeError):
-    """Another process failed; this one stops with it, unchanged."""
 
 
 @dataclass
@@ -80,7 +76,8 @@ class Ranks:
         """
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat, group=self.group)
+            with contact():
+                dist.all_reduce(flat, group=self.group)
             self._count("reduced", flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -95,7 +92,8 @@ class Ranks:
         sender = source if self.group is None else dist.get_global_rank(self.group, source)
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.broadcast(flat, src=sender, group=self.group)
+            with contact():
+                dist.broadcast(flat, src=sender, group=self.group)
             self._count("broadcast", flat)
             if source != self.rank:
                 for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
@@ -111,13 +109,15 @@ class Ranks:
             One tensor for each rank.
         """
         lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self.group)
+        with contact():
+            dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device), group=self.group)
         counts = [int(length) for length in lengths]
         # Gathers want one shape: the shorter ones are padded.
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         found = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(found, padded, group=self.group)
+        with contact():
+            dist.all_gather(found, padded, group=self.group)
         self._count("gathered", padded)
         return [part[:count] for part, count in zip(found, counts, strict=True)]
 
@@ -144,14 +144,16 @@ class Ranks:
             for tensor in tensors
             if tensor.numel()
         ]
-        works = dist.batch_isend_irecv(steps) if steps else []
+        with contact():
+            works = dist.batch_isend_irecv(steps) if steps else []
         if target is not None:
             self.traffic.sent += sum(tensor.numel() * tensor.element_size() for tensor in send)
             self.traffic.calls += 1
 
         def wait() -> None:
-            for work in works:
-                work.wait()
+            with contact():
+                for work in works:
+                    work.wait()
             steps.clear()  # what holds the tensors
 
         return wait
@@ -159,7 +161,8 @@ class Ranks:
     def gather_objects(self, thing: Any) -> list[Any]:
         """Small Python objects of all ranks, pickled by torch.distributed, in the order of their numbers."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, thing, group=self.group)
+        with contact():
+            dist.all_gather_object(found, thing, group=self.group)
         return found
 
     def agree(self, error: Exception | None) -> None:

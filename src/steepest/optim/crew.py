@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steepest._validation import check_choice
+from steepest._validation import check_choice, check_real
+from steepest.distributed.contact import LostRankError
 from steepest.distributed.ranks import Ranks
+from steepest.distributed.teams import Teams, team_size
 from steepest.errors import InvalidOptionError, NonFiniteError
 
 __all__ = ["Crew", "Distribution"]
@@ -28,14 +30,22 @@ class Crew:
     Args:
         model: The model as the optimizer got it; DDP has its own group of processes, and averages gradients itself.
         distribution: Who decomposes and who preconditions.
+        fraction: Share of the ranks that precondition a layer with "hybrid".
 
     Raises:
-        InvalidOptionError: If the distribution is none.
+        InvalidOptionError: If the distribution is none, or has no such fraction.
     """
 
-    def __init__(self, model: nn.Module, distribution: Distribution) -> None:
+    def __init__(self, model: nn.Module, distribution: Distribution, fraction: float = 1.0) -> None:
         check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_real("hybrid_fraction", fraction, low=0, high=1, open_low=True)
+        if fraction != 1 and distribution != "hybrid":
+            raise InvalidOptionError(
+                f"hybrid_fraction={fraction} has no meaning with distribution={distribution!r}: give "
+                "distribution='hybrid' with it."
+            )
         self.distribution: Distribution = distribution
+        self._fraction = fraction
         self.averaged = isinstance(model, DistributedDataParallel)
         self.trouble: Exception | None = None
         self._group: Any = getattr(model, "process_group", None) if self.averaged else None
@@ -57,9 +67,16 @@ class Crew:
         return (0, 1) if ranks is None else (ranks.rank, ranks.size)
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether every layer is preconditioned by one rank alone."""
-        return self.distribution == "sharded" and self.ranks is not None
+    def workers(self) -> int:
+        """How many ranks precondition a layer, next to each other; where these are not all, they tell the others."""
+        size = self.place[1]
+        if self.distribution == "hybrid":
+            return team_size(self._fraction, size)
+        return 1 if self.distribution == "sharded" else size
+
+    def teams(self, ranks: Ranks, device: torch.device) -> Teams:
+        """The workers of a layer, and whom each of them tells; every rank must come here."""
+        return Teams.of(ranks, self.workers, device)
 
     def begin(self) -> None:
         """Forget the troubles of the last step."""
@@ -82,20 +99,27 @@ class Crew:
         alike: Mapping[str, float],
         size: Tensor | None,
         params: Sequence[Tensor],
+        *,
+        saves: bool = False,
     ) -> dict[str, list[float]]:
         """Open a step: add up what the ranks counted, in one message, and wait for the device once.
+
+        Or come together to save what every rank has a part of, in a message of the same form, so that no rank waits
+        for others that take a step meanwhile.
 
         Args:
             counts: Lists of numbers, as long on every rank.
             alike: What is the same on every rank that trains with the others.
             size: Size of what goes into the step, not finite where that is not.
             params: The trained parameters, compared in the first step.
+            saves: Whether this rank saves, and takes no step; the sums then have no meaning.
 
         Returns:
             The sums.
 
         Raises:
             RuntimeError: For a process alone.
+            InvalidOptionError: If some ranks save while others take a step.
             NonFiniteError: If a size is not finite.
         """
         ranks = self.ranks
@@ -104,7 +128,7 @@ class Crew:
         slots = [[0.0] * ranks.size for _ in range(2 + len(alike))]
         for slot, value in zip(slots[2:], alike.values(), strict=True):
             slot[ranks.rank] = value
-        lists = [[float(self.trouble is not None)], *slots, *counts.values()]
+        lists = [[float(self.trouble is not None) + saves * (ranks.size + 1)], *slots, *counts.values()]
         device = params[0].device
         vector = torch.tensor([n for numbers in lists for n in numbers], dtype=torch.float64).to(device)
         if size is not None and self.trouble is None:
@@ -114,10 +138,19 @@ class Crew:
             vector[1 + ranks.size + ranks.rank] = torch.stack([n.double().to(device) for n in norms]).sum()
         ranks.sum_([vector])
         numbers = iter(vector.tolist())
-        failed, sizes, starts, *others = [[next(numbers) for _ in given] for given in lists]
-        if failed[0]:
+        marks, sizes, starts, *others = [[next(numbers) for _ in given] for given in lists]
+        saving, failed = divmod(marks[0], ranks.size + 1)
+        if failed:
             ranks.agree(self.trouble)
+        if 0 < saving < ranks.size:
+            raise InvalidOptionError(
+                f"{saving:g} of {ranks.size} ranks called state_dict(), and the others step(): each rank has a part of "
+                f"the state with distribution={self.distribution!r}. Parameters and optimizer state are unchanged. "
+                "Remedy: call state_dict() on every rank, and write the file on one."
+            )
         totals = dict(zip(counts, others[len(alike) :], strict=True))
+        if saving:
+            return totals
         if not totals["skipped"][0]:
             _refuse_different(dict(zip(alike, others, strict=False)), starts)
             self._compared = True
@@ -129,6 +162,25 @@ class Crew:
                 "with on_nonfinite='skip'."
             )
         return totals
+
+    def meet_to_save(self, counts: Mapping[str, Sequence[float]], params: Sequence[Tensor]) -> None:
+        """Wait until all ranks save, and fail on all where some take a step instead.
+
+        Args:
+            counts: As for `tally`.
+            params: The trained parameters.
+
+        Raises:
+            LostRankError: If the others do not come.
+        """
+        self.begin()
+        try:
+            self.tally(counts, {"step": 0, "period": 0}, None, params, saves=True)
+        except LostRankError as error:
+            raise LostRankError(
+                f"{error}. It was in state_dict(), which needs all ranks with distribution={self.distribution!r}. "
+                "Remedy: call it on every rank, and write the file on one."
+            ) from error
 
     def verdict(self, numbers: Sequence[Tensor], count: int, device: torch.device) -> list[Tensor]:
         """Close a step: all ranks take the numbers of the first, or fail together.

@@ -62,7 +62,7 @@ class FOP(KFAC):
     the first half of the ranks brings its local gradients, and the middle one of an odd number that of its own first
     half. So g1 and g2 are those of the paper's primary and secondary groups. `sub_batch` gives the means over the ranks
     of each pass. Beside KFAC's, each rank gives ``8 (2 + B)`` bytes of counts and w n m for each layer to collectives
-    in every step, and 4 w for each layer with "sharded".
+    in every step, and 4 w for each layer with fewer workers than ranks.
 
     Args:
         model: As in `KFAC`.

@@ -16,6 +16,7 @@ from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.linalg.decompositions import Decomposition
 from steepest.linalg.kronecker import Cholesky, Eigenbasis, KroneckerSolver
 from steepest.optim.blocks import Block
+from steepest.optim.combining import Local
 from steepest.optim.crew import Crew, Distribution
 from steepest.optim.curvature import CURVATURE_KEYS
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
@@ -73,7 +74,9 @@ class KFAC(KroneckerStep):
         on_nonfinite: Whether NaN or infinity in a gradient raises, or skips the step, warns and counts.
         distribution: Where several processes train: "replicated" decomposes and preconditions every layer on every
             rank; "sharded" gives each layer to one rank, which alone holds its decomposition and sends its direction;
-            "hybrid" decomposes on one rank, which sends the decomposition to all.
+            "hybrid" decomposes on one rank, which sends the decomposition to the others that precondition the layer.
+        hybrid_fraction: Share of the ranks that precondition a layer with "hybrid": its workers, whose number is the
+            divisor of W nearest to this share. 1 means all; of 1 / W "sharded" comes out.
 
     Raises:
         UnsupportedModelError: If the model is compiled.
@@ -93,19 +96,23 @@ class KFAC(KroneckerStep):
     of unequal local batches the samples of a small one weigh more in the gradient, and in the factors all samples
     alike; with ``reduction="sum"`` it is the sum over W. `MonteCarlo` draws other labels on every rank. What fails on
     one rank, NaN or an error, raises on all, and changes no parameter and no state. A checkpoint is the same on every
-    rank, and serves any number of ranks and any ``distribution``. With "sharded", `state_dict` must be called on all.
+    rank, and serves any number of ranks and any ``distribution``. Where a rank has a part of the decompositions
+    ("sharded", and "hybrid" with fewer workers than ranks) `state_dict` must be called on all ranks.
 
-    "replicated" trusts the ranks to compute the same from the same numbers; where their devices differ, choose
-    another. The running factors are on every rank; "sharded" saves the memory of the decompositions, but not with
-    `EigenbasisCorrected`, which measures local gradients in the bases of all layers. "hybrid" is KAISA's COMM-OPT
-    (arXiv 2107.01739); the fractions of ranks between its extremes are not offered.
+    All modes take the same steps to the bit. More than one worker trusts the ranks to compute the same from the same
+    numbers, as "replicated" does; where their devices differ, choose "sharded". The running factors are on every rank.
+    Of the decompositions a rank holds those of the layers that it works on: all with "replicated", about 1 / W of them
+    with "sharded" and k / W with k workers, but all with `EigenbasisCorrected`, which measures local gradients in the
+    bases of all layers. "hybrid" has KAISA's gradient workers (arXiv 2107.01739): a team of k ranks next to each other
+    preconditions the layers that its members decompose, and each member tells the ranks of its place in other teams.
 
     Bytes that each of W ranks gives to collectives, with P trained parameters, B layers, G groups of layers, and w
     bytes for each number: in every step ``8 (5 + 4 W + P + 4 B + G)`` for counts, w for each entry of a gradient (none
-    with DDP), w n m for each layer with "sharded"; where factors are updated ``w (m (m + 1) + n (n + 1)) / 2`` (m in
-    place of ``m (m + 1) / 2`` of embeddings), and w m n with `EigenbasisCorrected`; where they are decomposed, what a
-    decomposition holds with "hybrid", and with "sharded" and `EigenbasisCorrected`. Each time of these, a few pickled
-    names and sizes come to it.
+    with DDP), w n m for each layer with fewer workers than ranks; where factors are updated
+    ``w (m (m + 1) + n (n + 1)) / 2`` (m in place of ``m (m + 1) / 2`` of embeddings), and w m n with
+    `EigenbasisCorrected`; where they are decomposed, with more than one worker under "hybrid", what the decompositions
+    of the rank's team hold, and those of all layers with `EigenbasisCorrected` in place of it, also with "sharded".
+    Each time of these, a few pickled names and sizes come to it.
 
     References:
         Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407 (convolutions); George et al.,
@@ -132,7 +139,7 @@ class KFAC(KroneckerStep):
     _kept: tuple[str, ...] = (
         "_recipe", "_solver", "_factor_update_steps", "_inverse_update_steps",
         "_skip_nonfinite", "_grad_scaler", "_model", "_schedules", "_assignment", "_blocks", "_constructed",
-        "diagnostics", "_distribution",
+        "diagnostics", "_distribution", "_fraction",
     )  # fmt: skip
 
     def __init__(
@@ -162,6 +169,7 @@ class KFAC(KroneckerStep):
         grad_scaler: Any = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         distribution: Distribution = "replicated",
+        hybrid_fraction: float = 1.0,
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_choice("embeddings", embeddings, ("adamw", "kronecker"))
@@ -184,8 +192,8 @@ class KFAC(KroneckerStep):
         self._schedules = {name: value for name, value in given.items() if callable(value)}
         numbers = {name: value(0) if callable(value) else value for name, value in given.items()}
         defaults = {**numbers, "betas": adamw_betas, "eps": adamw_eps}
-        self._distribution = distribution
-        self._crew = Crew(model, distribution)
+        self._distribution, self._fraction = distribution, hybrid_fraction
+        self._crew = Crew(model, distribution, hybrid_fraction)
         self._gathering = None
         self.diagnostics = None
         patterns = (skip,) if isinstance(skip, str) else skip
@@ -229,20 +237,26 @@ class KFAC(KroneckerStep):
         super().__setstate__(state)
         if "_model" in state:
             self._rename()
-            self._crew = Crew(self._model, self._distribution)
+            self._crew = Crew(self._model, self._distribution, self._fraction)
             self._gathering = None
             self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, the same on every rank and for any number of them.
 
-        With "sharded" on several ranks all of them must call it, since each has some of the decompositions only.
+        On several ranks all of them must call it between the same steps, if each has some of the decompositions only
+        ("sharded", and "hybrid" with fewer workers than ranks); then write the file on one.
 
         Returns:
             As in torch.optim.
+
+        Raises:
+            InvalidOptionError: If the others take a step meanwhile, on which this is raised too.
+            LostRankError: If they do something else until the time-out of the process group, or are gone.
         """
         saved: dict[str, Any] = super().state_dict()
         if self._shards.is_partial:
+            self._crew.meet_to_save(self._own_counts(Local(None), []), self._trained())
             kept = {name: self.state.get(b.weight, {}).get("decomposition") for name, b in self._blocks.items()}
             found = self._shards.missing_elsewhere({name: tensors for name, tensors in kept.items() if tensors})
             numbers = {id(p): i for i, p in enumerate(self._trained())}

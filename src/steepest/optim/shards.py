@@ -28,6 +28,9 @@ Errors = dict[str, tuple[str, bool]]
 class Shards:
     """Divides the work on layers among ranks, by the cost of their decompositions; alone, one process does all of it.
 
+    One rank owns a layer and decomposes it; it and its team, the workers, precondition it (with "replicated" all do
+    all of it).
+
     Args:
         crew: The ranks.
         solver: How layers are decomposed. One that learns from gradients needs the bases on every rank.
@@ -41,9 +44,13 @@ class Shards:
         self._size = 0
 
     @property
+    def _device(self) -> torch.device:
+        return next(iter(self._blocks.values())).weight.device
+
+    @property
     def is_partial(self) -> bool:
         """Whether no rank has all decompositions."""
-        return self._crew.is_sharded and not self._learns
+        return self._crew.workers < self._crew.place[1] and not self._learns
 
     def owner(self, block: Block) -> int:
         """The rank that decomposes the layer."""
@@ -51,16 +58,23 @@ class Shards:
         if size != self._size:
             dims = [(*sides(b), b.is_table) for b in self._blocks.values()]
             costs = [float(n**3 + (m if is_table else m**3)) for n, m, is_table in dims]
-            self._owners = dict(zip(self._blocks, assign_by_cost(costs, size), strict=True))
+            self._owners = dict(zip(self._blocks, assign_by_cost(costs, size, self._crew.workers), strict=True))
             self._size = size
         return self._owners[block.names[0]]
 
     def _owns(self, block: Block) -> bool:
         return self.owner(block) == self._crew.place[0]
 
+    def _team(self, rank: int) -> int:
+        """The team that a rank is in, in which every layer of its members is preconditioned by all."""
+        return rank // self._crew.workers
+
+    def _works_on(self, block: Block) -> bool:
+        return self._team(self.owner(block)) == self._team(self._crew.place[0])
+
     def keeps(self, block: Block) -> bool:
         """Whether this rank has the layer's decomposition between steps."""
-        return not self.is_partial or self._owns(block)
+        return not self.is_partial or self._works_on(block)
 
     def decompose(self, drafts: Sequence[Draft]) -> list[Draft]:
         """Decompose the layers whose time it is; where that fails the last good decomposition stays in use.
@@ -102,14 +116,20 @@ class Shards:
 
     def _exchanged(self, ranks: Ranks, found: dict[str, Decomposition], errors: Errors) -> Errors:
         """Let all ranks know which decompositions failed, and give them the others where they need them."""
-        spread = self._crew.distribution == "hybrid" or (self._crew.is_sharded and self._learns)
+        spread = self._crew.distribution != "replicated" and (self._crew.workers > 1 or self._learns)
         own = {name: made.tensors() for name, made in found.items()} if spread else {}
         told = ranks.gather_objects((self._crew.trouble is not None, errors, _outlines(own)))
         if any(trouble for trouble, _, _ in told):
             ranks.agree(self._crew.trouble)
-        lacking = self._spread(ranks, [outlines for _, _, outlines in told], own)
-        with self._crew.guarded():
-            found.update({name: self._solver.restore(tensors) for name, tensors in lacking.items()})
+        inside = None
+        if spread:  # all learn, or those who precondition the layer want it
+            inside = ranks if self._learns else self._crew.teams(ranks, self._device).inside
+        if inside is not None:
+            start = ranks.rank - inside.rank
+            outlines = [outlines for _, _, outlines in told[start : start + inside.size]]
+            lacking = self._spread(inside, outlines, own)
+            with self._crew.guarded():
+                found.update({name: self._solver.restore(tensors) for name, tensors in lacking.items()})
         return {name: error for _, theirs, _ in reversed(told) for name, error in theirs.items()}
 
     def _renewed(self, draft: Draft, found: Mapping[str, Decomposition], errors: Errors) -> Draft:
@@ -152,7 +172,7 @@ class Shards:
         return {} if ranks is None else self._spread(ranks, ranks.gather_objects(_outlines(own)), own)
 
     def directions(self, drafts: Sequence[Draft], direct: Callable[[Draft], Found], extra: int) -> list[Found]:
-        """Precondition every layer, here or on its owner.
+        """Precondition every layer, here or on the rank of its owner's team that tells this one.
 
         Args:
             drafts: All layers of the step.
@@ -163,20 +183,22 @@ class Shards:
             The direction of every layer and its numbers; anything where this rank is in trouble.
         """
         ranks = self._crew.ranks
-        if ranks is None:
+        if ranks is None or not drafts:
             return [direct(draft) for draft in drafts]
         results = []
         for draft in drafts:
             found = None
-            if self._crew.trouble is None and (not self._crew.is_sharded or self._owns(draft.block)):
+            if self._crew.trouble is None and self._works_on(draft.block):
                 with self._crew.guarded():
                     found = direct(draft)
             results.append(_alike(draft.block, found, extra))
-        if self._crew.is_sharded:
-            for rank in range(ranks.size):
-                theirs = [r for draft, r in zip(drafts, results, strict=True) if self.owner(draft.block) == rank]
+        across = self._crew.teams(ranks, self._device).across
+        if across is not None:
+            owners = [self._team(self.owner(draft.block)) for draft in drafts]
+            for team in range(across.size):
+                theirs = [found for owner, found in zip(owners, results, strict=True) if owner == team]
                 if theirs:
-                    ranks.broadcast_([tensor for pair in theirs for tensor in pair if tensor is not None], rank)
+                    across.broadcast_([tensor for pair in theirs for tensor in pair if tensor is not None], team)
         return results
 
 

@@ -129,7 +129,7 @@ class KroneckerStep(LayerOptimizer):
             reached = [name for name, block in self._blocks.items() if block.weight.grad is not None]
             self._check_counts(self._more_counts(), reached)
             return Sums(gathering.parts, local.grad_scale, frozenset(missing), self._extras(reached))
-        own = {**counts(self._blocks, trained, gathering, local, missing), **self._more_counts()}
+        own = self._own_counts(local, missing)
         totals = crew.tally(own, {"step": self._memory["steps"], "period": local.period}, local.size, trained)
         if totals["skipped"][0]:
             return None
@@ -137,6 +137,9 @@ class KroneckerStep(LayerOptimizer):
         reached = [name for name, block in self._blocks.items() if id(block.weight) in having]
         self._check_counts(totals, reached)
         return combine(crew, self._blocks, trained, gathering, local, totals, self._extras(reached))
+
+    def _own_counts(self, local: Local, missing: Sequence[str]) -> dict[str, list[float]]:
+        return {**counts(self._blocks, self._trained(), self._gathered(), local, missing), **self._more_counts()}
 
     def _missing(self) -> list[str]:
         """Layers of which this process should have a decomposition and has none."""

@@ -27,6 +27,7 @@ from steepest.selection.together import Together, attempt
 __all__ = ["Keeper"]
 
 _FORMAT = 1
+_SAME_SECONDS = 2.0  # two signals to one of several processes within this time are one
 
 
 class Keeper:
@@ -55,7 +56,7 @@ class Keeper:
         self._path, self._passes, self._identity, self._every = path, passes, dict(identity), every
         self._together = together
         self._last = time.monotonic()
-        self._stop = False
+        self._stop, self._stopped_at = False, 0.0
         if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
             raise SelectionError(f"checkpoint={str(path)!r} cannot be written: name a file in a folder that can be.")
         size = 1
@@ -148,6 +149,8 @@ class Keeper:
     def guard(self) -> Iterator[None]:
         """Write on Ctrl-C, which is held back while a batch is worked on; a second one breaks through.
 
+        So is SIGTERM, where its handler is Python's own of Ctrl-C.
+
         Yields:
             Nothing.
 
@@ -155,7 +158,7 @@ class Keeper:
             KeyboardInterrupt: The user's.
             RankError: If another process stopped, be it by Ctrl-C.
         """
-        with self._held_back():
+        with self.held_back():
             try:
                 yield
             except (KeyboardInterrupt, RankError):
@@ -164,22 +167,39 @@ class Keeper:
                 raise
 
     @contextmanager
-    def _held_back(self) -> Iterator[None]:
-        ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if not ours or threading.current_thread() is not threading.main_thread():
+    def held_back(self) -> Iterator[None]:
+        """Note Ctrl-C: one process stops after its batch, several where they meet. A second one breaks through.
+
+        Yields:
+            Nothing.
+        """
+        numbers = [
+            number
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is signal.default_int_handler
+        ]
+        if not numbers or threading.current_thread() is not threading.main_thread():
             yield
             return
-        signal.signal(signal.SIGINT, self._asked)
+        for number in numbers:
+            signal.signal(number, self._asked)
+        if self._together is not None:
+            self._together.asked = lambda: self._stop
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in numbers:
+                signal.signal(number, signal.default_int_handler)
 
     def _asked(self, _number: int, _frame: FrameType | None) -> None:
-        # Several processes stop where they meet, so that none waits for another.
-        if self._stop or (self._passes.whole and self._together is None):
+        # Several processes stop where they meet, so that none waits for another; torchrun passes a signal on, so that
+        # it may come twice.
+        now = time.monotonic()
+        again = self._stop and (self._together is None or now - self._stopped_at > _SAME_SECONDS)
+        if again or (self._passes.whole and self._together is None):
             raise KeyboardInterrupt
-        self._stop = True
+        if not self._stop:
+            self._stop, self._stopped_at = True, now
 
     def _read(self) -> dict[str, Any]:
         remedy = "delete it to begin anew"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from steepest.errors import CaptureError, SelectionError, UnsupportedModelError
@@ -48,21 +49,24 @@ def choose(passes: Passes, run: Run, method: Method, amount: Amount, together: T
     """
     if together is None:
         return _pick(passes, run, method, amount)
-    picked = None
-    with together.attempt():  # what the first decides cannot differ between processes
-        if together.leads:
-            picked = _pick(passes, run, method, amount)
+    # What the first decides cannot differ between processes.
+    picked = together.waiting(lambda pulse: _pick(passes, run, method, amount, pulse))
     held = {name: getattr(picked, name, None) for name in ("indices", "scores", "weights")}
     arrays = from_first({name: array for name, array in held.items() if array is not None}, together)
     notes, numbers = together.one(None if picked is None else (picked.notes, dict(picked.numbers)))
     return Picked(arrays["indices"], arrays.get("scores"), arrays["weights"], notes, numbers)
 
 
-def _pick(passes: Passes, run: Run, method: Method, amount: Amount) -> Picked:
+def _pick(passes: Passes, run: Run, method: Method, amount: Amount, pulse: Callable[[], None] = lambda: None) -> Picked:
     began = time.monotonic()
     number = passes.num_samples or 0
     count = amount.of(number)
-    run.tell = lambda done, total: passes.tell_pick(done, total, time.monotonic() - began)
+
+    def tell(done: int, total: int) -> None:
+        passes.tell_pick(done, total, time.monotonic() - began)
+        pulse()
+
+    run.tell = tell
     picked = run.pick(count, passes.labels)
     indices = picked.indices
     right = len(indices) == count == len(picked.weights) and bool((indices.diff() > 0).all())

@@ -64,15 +64,15 @@ def select_subset(
     are gone through in their own order, so give them without shuffling in mind and without random augmentation:
     passes that see different data are refused.
 
-    Several processes: where `torch.distributed` has been started, all of them must make this call, with the same
-    model, data and options, and all get the same selection. Each reads and scores a stretch of the batches that one
-    process would read (of a stream it reads all and scores every W-th batch), so that scores of single samples are
-    those of one process; `SAGE` merges the sketches of all in the order of the ranks, which is a sketch with the same
-    bound but not the same numbers. The first process makes the choice from the scores of all. The fingerprint is that
-    of one process. What fails on one fails on all. The first process alone calls ``progress``, warns, and writes what
-    `Selection.save` is to write; each process keeps a checkpoint of its own, ``checkpoint.R-of-W``, to be continued by
-    as many processes. With n samples on the process that has most of W, k kept ones, labels, and no stream, a process
-    gives to collectives, in bytes::
+    Several processes: where `torch.distributed` has been started, all of them must make this call, with the same model,
+    data and options, and all get the same selection. Each reads and scores a stretch of the batches that one process
+    would read (of a stream it reads all and scores every W-th batch), so that scores of single samples are those of one
+    process; `SAGE` merges the sketches of all in the order of the ranks, which is a sketch with the same bound but not
+    the same numbers. The first process makes the choice from the scores of all. The fingerprint is that of one process.
+    What fails on one fails on all. The first process alone calls ``progress``, warns, and writes what `Selection.save`
+    is to write; each process keeps a checkpoint of its own, ``checkpoint.R-of-W``, to be continued by as many
+    processes. With a checkpoint, Ctrl-C on any of them is held back until they meet, and stops all. With n samples on
+    the process that has most of W, k kept ones, labels, and no stream, a process gives to collectives, in bytes::
 
         gathered     8 n in each pass over the data, and 40 n once: positions, labels, digests for the fingerprint
                      + 4 n for scores, or 4 n times the numbers that a method keeps of each sample
@@ -172,6 +172,8 @@ def select_subset(
                 if passes.num_samples is not None:
                     at_length(passes.num_samples)
         _go(passes, keeper, at_length)
+        if keeper and together is not None:  # who left a meeting at once would keep the others waiting
+            stack.enter_context(keeper.held_back())
         picked = choose(passes, run, method, amount, together)
         with attempt(together):
             _check_model_unchanged(fixed, model_hash)
@@ -179,6 +181,8 @@ def select_subset(
         seen = look_at(data, parts["data"], picked, fixed, passes, run, notes, together) if review else None
         selection = assemble(picked, passes, seen, method, run, model_hash if run.passes else "", notes, together)
         if keeper:
+            with attempt(together):
+                pass  # Ctrl-C in the meantime
             keeper.remove()
     if selection.writes and (lost := vanished(selection.report.class_counts)):
         warnings.warn(lost, stacklevel=2)

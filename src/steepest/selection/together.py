@@ -1,25 +1,23 @@
-"""Processes that make one selection together: what they tell each other, and that all fail where one does."""
+"""Processes that make one selection together, and what they tell each other."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steepest.distributed.agreement import tell
 from steepest.distributed.ranks import Ranks
-from steepest.errors import SelectionError, SteepestError
+from steepest.errors import SelectionError
+from steepest.selection.meetings import Meetings
 
 __all__ = ["Together", "attempt"]
 
 T = TypeVar("T")
 
-_END = object()
 
-
-class Together:
+class Together(Meetings):
     """The processes of one selection, seen from one of them.
 
     What fails on one fails on all: work that only concerns one process goes inside `attempt`, or through `rounds`,
@@ -33,70 +31,17 @@ class Together:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+        super().__init__(ranks)
         self.positions: list[Tensor] = []
         # NCCL alone takes nothing that lies in main memory, and others take everything that does.
         config = dist.get_backend_config(ranks.group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in config else torch.device("cpu")
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the first process, which decides where one must."""
-        return self.ranks.rank == 0
-
-    @property
     def traffic(self) -> int:
         """Bytes that this process gave to collectives so far."""
         traffic = self.ranks.traffic
         return traffic.reduced + traffic.gathered + traffic.broadcast + traffic.sent
-
-    @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Do something that may fail here alone, and fail with whoever does.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            BaseException: What this process ran into; a `RankError` where it was another one.
-        """
-        try:
-            yield
-        except Exception as error:
-            tell(self.ranks, None, error)
-            raise
-        except BaseException as error:  # Ctrl-C
-            self._interrupted(error)
-            raise
-        tell(self.ranks, None, None)
-
-    def rounds(self, items: Iterator[T], take: Callable[[T], None], every: int) -> None:
-        """Go through what is this process's own, and meet the others now and then.
-
-        Args:
-            items: They may be fewer or more than those of the others.
-            take: Called with each.
-            every: How many to take between two meetings; the same everywhere.
-
-        Raises:
-            BaseException: What this process ran into; a `RankError` where it was another one.
-        """
-        done = False
-        while True:
-            failed: Exception | None = None
-            try:
-                done = done or not _take(items, take, every)
-            except Exception as error:
-                failed = error
-            except BaseException as error:
-                self._interrupted(error)
-                raise
-            if all(tell(self.ranks, done, failed)):
-                return
-
-    def _interrupted(self, error: BaseException) -> None:
-        with suppress(SteepestError):
-            tell(self.ranks, None, SelectionError(f"it was interrupted ({type(error).__name__})."))
 
     def told(self, thing: T) -> list[T]:
         """What every process says, small and picklable."""
@@ -222,13 +167,3 @@ def attempt(together: Together | None) -> AbstractContextManager[None]:
         A context.
     """
     return nullcontext() if together is None else together.attempt()
-
-
-def _take(items: Iterator[T], take: Callable[[T], None], every: int) -> bool:
-    """Take some; whether there may be more."""
-    for _ in range(every):
-        item = next(items, _END)
-        if item is _END:
-            return False
-        take(item)  # type: ignore[arg-type]
-    return True

@@ -1,18 +1,19 @@
-"""Checkpoints of a run: everything it is made of, in one file that is either complete or absent.
+"""Checkpoints of a run: everything it is made of, in folders that are either complete or not there.
 
 A run that is continued from a checkpoint on the same machine, with the same versions, ends with the numbers of
 the run that was never stopped, bit for bit: model, optimizer, random generators, the place in the epoch and the
 losses so far are all in it, and the subset that is trained on. A selection that was under way is made again.
 
-On several processes the first one writes, and all of them read. The file does not depend on their number, but for the
-random generators: of these there is one for every process, and with another number of processes all begin anew.
+A checkpoint is a folder such as `step-00000120`. Its tensors are written by torch.distributed.checkpoint under names
+such as `model.0.weight` and `optimizer.state.0.weight.exp_avg`; `manifest.json` has everything else, and size and
+SHA-256 of every file. Nothing in it is trusted when it is read, and none of it is run.
+
+Several processes: each writes a part and reads what it needs. The folder does not depend on their number, but for the
+random generators: of these there is one for every process, and with another number of processes all begin anew, as
+they would in a new run.
 """
 
-import os
-import pickle
-import shutil
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,17 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest._versions import package_version
+from steepest.distributed import Ranks
+from steepest.distributed.contact import LostRankError, contact
+from steepest.training.checkpoints.folders import complete_folders, forget, refuse_old_files
+from steepest.training.checkpoints.generators import generator_states, how_many, set_generators
+from steepest.training.checkpoints.identity import check_same_run, identity
+from steepest.training.checkpoints.manifest import FORMAT, read_manifest
+from steepest.training.checkpoints.names import by_name, by_number
+from steepest.training.checkpoints.together import choose, write_checkpoint
+from steepest.training.checkpoints.tree import blank, leaves, pack, unpack
 from steepest.training.convert import convert, plain
-from steepest.training.errors import CheckpointError, DamagedCheckpointError, OutputError
+from steepest.training.errors import CheckpointError, DamagedCheckpointError
 from steepest.training.loop import Progress, Trainer
-from steepest.training.spec import RunSpec
 from steepest.training.subsets import Subset
-from steepest.training.trained import write_tensors
 
-__all__ = ["Checkpoints", "Keeping", "forget", "latest", "read_checkpoint", "saved_settings"]
-
-_FORMAT = 3
+__all__ = ["Checkpoints", "Keeping", "any_checkpoint", "forget", "saved_settings"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,21 @@ class Keeping:
     """What a run keeps on disk beside its record.
 
     Attributes:
-        checkpoint: File of the checkpoint.
+        checkpoints: Folder of the checkpoints.
         model: File of the trained model.
         settings: What the user asked for, as JSON, to be found again on resuming.
         every: Seconds of wall-clock time between two checkpoints.
+        keep: How many checkpoints stay, the newest ones.
         stop: Whether the run should stop before its next step; it then writes a checkpoint and raises
             KeyboardInterrupt.
         say: Told where a damaged checkpoint was passed over for the one before it.
     """
 
-    checkpoint: Path
+    checkpoints: Path
     model: Path
     settings: str = "{}"
     every: float = 30.0
+    keep: int = 2
     stop: Callable[[], bool] = field(default=lambda: False)
     say: Callable[[str], None] = field(default=lambda _: None)
 
@@ -67,6 +74,8 @@ class Checkpoints:
     def __init__(self, trainer: Trainer, keeping: Keeping) -> None:
         self._trainer, self._keeping = trainer, keeping
         self._last = time.monotonic()
+        trainer.ask = self._asked
+        self._run = identity(trainer.spec)
 
     def before_step(self) -> None:
         """Write a checkpoint if it is time to or the run is to stop.
@@ -74,11 +83,15 @@ class Checkpoints:
         Raises:
             KeyboardInterrupt: After writing, if the run is to stop.
         """
-        stop, due = self._agreed(self._keeping.stop(), time.monotonic() - self._last >= self._keeping.every)
+        stop, due = self._trainer.asked or self._agreed(*self._asked())
         if stop or due:
             self.save()
         if stop:
             raise KeyboardInterrupt
+
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether this process is to stop, and whether it is time to write."""
+        return self._keeping.stop(), time.monotonic() - self._last >= self._keeping.every
 
     def _agreed(self, stop: bool, due: bool) -> tuple[bool, bool]:
         """What any process was asked for, all do before the same step."""
@@ -90,194 +103,132 @@ class Checkpoints:
         return bool(asked[0] > 0), bool(asked[1] > 0)
 
     def save(self) -> None:
-        """Write the checkpoint; the one before it stays beside it, until the next."""
-        trainer, ranks = self._trainer, self._trainer.ranks
-        generators = [torch.get_rng_state()] if ranks is None else ranks.gather_objects(torch.get_rng_state())
-        on_cuda = torch.cuda.is_available()
-        cuda = torch.cuda.get_rng_state_all() if on_cuda else []
-        if ranks is not None and on_cuda:  # of each process's own device
-            cuda = ranks.gather_objects(torch.cuda.get_rng_state())
-        content = {
-            "format": _FORMAT,
-            "versions": _versions(),
-            "settings": self._keeping.settings,
-            "run": _description(trainer.spec),
-            "key": trainer.spec.key(),
-            "model": trainer.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "progress": plain(asdict(trainer.progress)),
-            "subset": None if trainer.subset is None else vars(trainer.subset),
-            "generators": generators,
-            "cuda_generators": cuda,
+        """Write a checkpoint; those before it stay beside it, as many as are kept."""
+        trainer, tensors = self._trainer, dict[str, Tensor]()
+        optimizer = by_name(trainer.optimizer, trainer.model)
+        state = {
+            "progress": pack(plain(asdict(trainer.progress)), "progress", tensors),
+            "subset": pack(None if trainer.subset is None else vars(trainer.subset), "subset", tensors),
+            "model": pack(trainer.model.state_dict(), "model", tensors),
+            "optimizer": pack(optimizer, "optimizer", tensors),
         }
-        error: Exception | None = None
-        try:
-            if ranks is None or ranks.rank == 0:
-                _keep_previous(self._keeping.checkpoint)
-                write_tensors(self._keeping.checkpoint, content)
-        except OutputError as failure:
-            error = failure
-        if ranks is not None:
-            ranks.agree(error)
-        elif error is not None:
-            raise error
+        self._leave_buffers_to_the_first(tensors)
+        content = {
+            "format": FORMAT,
+            **self._run,
+            "settings": self._keeping.settings,
+            "processes": 1 if trainer.ranks is None else trainer.ranks.size,
+            "generators": how_many(trainer.ranks),
+            "state": state,
+        }
+        write_checkpoint(
+            self._keeping.checkpoints,
+            trainer.progress.steps,
+            self._keeping.keep,
+            {**tensors, **generator_states(trainer.ranks)},
+            content,
+            trainer.ranks,
+        )
         self._last = time.monotonic()
 
+    def _leave_buffers_to_the_first(self, tensors: dict[str, Tensor]) -> None:
+        """Running statistics are each process's own, and evaluations use those of the first."""
+        ranks, model = self._trainer.ranks, self._trainer.model
+        if ranks is None or ranks.rank == 0:
+            return
+        alike = {f"model.{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
+        for key in [key for key in tensors if key.startswith("model.") and key not in alike]:
+            del tensors[key]
+
     def restore(self) -> None:
-        """Put model, optimizer, generators and progress back to the checkpoint, if there is one.
+        """Put model, optimizer, generators and progress back to the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: If it is damaged, or of another run, model or version.
+            CheckpointError: If all are damaged, or it is of another run, model or version.
+            LostRankError: If another process is gone.
         """
-        path, trainer = self._keeping.checkpoint, self._trainer
-        if not path.exists():
+        trainer, model = self._trainer, self._trainer.model
+        chosen = choose(self._keeping.checkpoints, trainer.ranks, self._keeping.say)
+        if chosen is None:
             return
-        path, content = latest(path, self._keeping.say)
-        _check_same_run(path, content, trainer.spec)
+        path, content = chosen
+        tree = content["state"]
+        check_same_run(path, content, self._run)
+        fits, progress = convert(unpack(tree["progress"], {}), Progress)
+        if not fits:
+            raise CheckpointError(f"{path} has no usable progress in it; begin anew with --fresh")
+        tensors = {leaf["key"]: blank(leaf) for name in ("optimizer", "subset") for leaf in leaves(tree[name])}
+        generators = generator_states(trainer.ranks) if content["generators"] == how_many(trainer.ranks) else {}
         try:
-            trainer.model.load_state_dict(content["model"])
-            trainer.optimizer.load_state_dict(content["optimizer"])
+            tensors |= _places(tree["model"], model.state_dict())
+            optimizer = by_number(unpack(tree["optimizer"], tensors), trainer.optimizer, model)
+            _read(path, {**tensors, **generators}, trainer.ranks)
+            model.load_state_dict(unpack(tree["model"], tensors))
+            trainer.optimizer.load_state_dict(optimizer)
+        except LostRankError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{path} does not fit the model of this run: {reason}; begin anew with --fresh"
             ) from error
-        fits, progress = convert(content["progress"], Progress)
-        if not fits:
-            raise CheckpointError(f"{path} has no usable progress in it; begin anew with --fresh")
         trainer.progress = progress
-        trainer.subset = None if content["subset"] is None else Subset(**content["subset"])
-        self._restore_generators(content["generators"], content["cuda_generators"])
-
-    def _restore_generators(self, generators: list[Tensor], cuda: list[Tensor]) -> None:
-        ranks = self._trainer.ranks
-        if len(generators) != (1 if ranks is None else ranks.size):
-            return
-        torch.set_rng_state(generators[0 if ranks is None else ranks.rank])
-        if cuda and ranks is None:
-            torch.cuda.set_rng_state_all(cuda)
-        elif cuda and ranks is not None:
-            torch.cuda.set_rng_state(cuda[ranks.rank])
+        subset = unpack(tree["subset"], tensors)
+        trainer.subset = None if subset is None else Subset(**subset)
+        set_generators(generators)
+        self._last = time.monotonic()
 
 
-def latest(path: Path, say: Callable[[str], None] = lambda _: None) -> tuple[Path, dict[str, Any]]:
-    """Read a checkpoint, or the one before it if it is damaged.
+def _places(tree: dict[str, Any], own: dict[str, Any]) -> dict[str, Tensor]:
+    """Where the tensors of a model are read to: into the model itself."""
+    then = {name: leaf["shape"] for name, entry in tree.items() for leaf in leaves(entry)}
+    now = {name: list(entry.shape) for name, entry in own.items() if isinstance(entry, Tensor)}
+    for name in [*then, *(name for name in now if name not in then)]:
+        if then.get(name) != now.get(name):
+            was, is_ = then.get(name, "missing"), now.get(name, "missing")
+            raise ValueError(f"{name} was {was} and is {is_}")
+    return {leaf["key"]: own[name] for name, entry in tree.items() for leaf in leaves(entry)}
+
+
+def _read(path: Path, into: dict[str, Tensor], ranks: Ranks | None) -> None:
+    from steepest.training.checkpoints.tensors import read_tensors
+
+    with contact():
+        read_tensors(path, into, ranks)
+
+
+def any_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, damaged or not.
 
     Args:
-        path: The checkpoint.
-        say: Told what is damaged, if something is.
+        folder: The folder of a run's checkpoints.
 
     Returns:
-        The file that was read, and its content.
+        Its folder; None if there is none.
 
     Raises:
-        DamagedCheckpointError: If it is damaged and there is none before it, or that one is damaged too.
+        CheckpointError: If there is one of an earlier version.
     """
-    try:
-        return path, read_checkpoint(path)
-    except DamagedCheckpointError as error:
-        previous = _previous(path)
-        if not previous.exists():
-            raise
-        content = read_checkpoint(previous)
-        say(f"{str(error).partition(';')[0]}: going on from the one before it, {previous}")
-        return previous, content
+    refuse_old_files(folder)
+    return next(reversed(complete_folders(folder)), None)
 
 
-def forget(path: Path) -> None:
-    """Remove a checkpoint and the one before it."""
-    path.unlink(missing_ok=True)
-    _previous(path).unlink(missing_ok=True)
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
-
-
-def _keep_previous(path: Path) -> None:
-    """Give the checkpoint a second name, under which it stays when the first is written anew."""
-    if not path.is_file():
-        return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            os.link(path, aside)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, aside)
-        aside.replace(_previous(path))
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(
-            f"{_previous(path)} cannot be written ({error.strerror or error}); {path} is complete: make room and go on"
-        ) from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint file and check that it is one of this format.
+def saved_settings(folder: Path) -> str:
+    """What the user had asked for when the newest checkpoint was written whose manifest can be read.
 
     Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        DamagedCheckpointError: If it cannot be read.
-        CheckpointError: If it is no checkpoint of this version.
-    """
-    remedy = "begin anew with --fresh"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise DamagedCheckpointError(f"{path} is damaged in {damaged}; {remedy}")
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DamagedCheckpointError(f"{path} cannot be read as a checkpoint ({reason}); {remedy}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} has checkpoint format {found!r}, this steepest reads {_FORMAT}; {remedy}")
-    return content
-
-
-def saved_settings(path: Path) -> str:
-    """What the user had asked for when the checkpoint was written.
-
-    Args:
-        path: The checkpoint.
+        folder: The folder of a run's checkpoints.
 
     Returns:
         JSON.
+
+    Raises:
+        DamagedCheckpointError: If there is none.
     """
-    return str(latest(path)[1]["settings"])
-
-
-def _versions() -> dict[str, str]:
-    return {name: package_version(name) for name in ("steepest", "torch")}
-
-
-def _description(spec: RunSpec) -> dict[str, object]:
-    """The run in plain words, to tell what differs."""
-    content = {name: plain(getattr(spec, name)) for name in spec.__dataclass_fields__}
-    del content["options_source"], content["untuned"]
-    content["source"] = plain(spec.origin().identity())
-    return content
-
-
-def _check_same_run(path: Path, content: dict[str, Any], spec: RunSpec) -> None:
-    versions = _versions()
-    for name, version in content["versions"].items():
-        if versions.get(name) != version:
-            raise CheckpointError(
-                f"{path} was written with {name} {version}, this is {name} {versions.get(name)}, and another version "
-                "does not continue the same run; go on with that version or begin anew with --fresh"
-            )
-    if content["key"] == spec.key():
-        return
-    now, then = _description(spec), content["run"]
-    changed = [f"{name} was {then.get(name)!r} and is {now[name]!r}" for name in now if then.get(name) != now[name]]
-    raise CheckpointError(
-        f"{path} is of another run: {'; '.join(changed) or 'its key differs'}; "
-        "resume with the same settings, begin anew with --fresh, or use another --out"
-    )
+    problems = []
+    for path in reversed(complete_folders(folder)):
+        try:
+            return str(read_manifest(path)["settings"])
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+    raise DamagedCheckpointError(f"{'; '.join(problems) or f'{folder} is empty'}; begin anew with --fresh")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.distributed import Ranks
+from steepest.distributed.contact import contact
 from steepest.errors import InvalidOptionError
 from steepest.training.data import Splits, batches
 from steepest.training.evaluate import evaluate
@@ -68,6 +69,9 @@ def _nothing() -> None:
 class Trainer:
     """A run that is being made.
 
+    Several processes: beside what the optimizer sends, every step sums 32 bytes over the ranks (loss, seconds and what
+    is to be done before the next step), and the first one after an evaluation 8 more.
+
     Attributes:
         spec: What to do.
         task: The task.
@@ -78,6 +82,9 @@ class Trainer:
         progress: How far it is.
         subset: What is trained on at present; None for everything.
         ranks: The processes that share every batch; None for one alone. All of them make the same run.
+        ask: Whether this process is to stop, and to write a checkpoint, before its next step.
+        asked: What any of the processes was asked to do before the next step; None where they have not agreed on it
+            since the last step.
         base_lrs: Learning rate of every parameter group before the schedule.
     """
 
@@ -90,6 +97,8 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     subset: Subset | None = None
     ranks: Ranks | None = None
+    ask: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+    asked: tuple[bool, bool] | None = None
 
     def __post_init__(self) -> None:
         check_shares(self.spec.batch_size, self.ranks)
@@ -158,6 +167,7 @@ class Trainer:
         subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, meanwhile)
         self._synchronise()
         _, seconds = self._agreed(None, time.perf_counter() - start)
+        self.asked = None
         self.subset = subset
         self.progress.seconds += seconds
         done.append(replace(numbers, seconds=seconds))
@@ -194,8 +204,9 @@ class Trainer:
     def _timed_step(self, step: StepFunction, inputs: Tensor, targets: Tensor) -> float | None:
         self._synchronise()
         start = time.perf_counter()
-        loss = step(self.optimizer, self._replica, self.task.loss, inputs, targets)
-        self._synchronise()
+        with contact():  # gradients that DistributedDataParallel averages travel in here
+            loss = step(self.optimizer, self._replica, self.task.loss, inputs, targets)
+            self._synchronise()
         number, seconds = self._agreed(None if loss is None else loss.item(), time.perf_counter() - start)
         self.progress.seconds += seconds
         self.progress.steps += 1
@@ -211,9 +222,12 @@ class Trainer:
         """Means over the ranks: what decides about the run must be the same number on all of them."""
         if self.ranks is None:
             return loss, seconds
-        both = torch.tensor([0.0 if loss is None else loss, seconds], dtype=torch.float64, device=self.spec.device)
-        self.ranks.sum_([both])
-        mean_loss, mean_seconds = (both / self.ranks.size).tolist()
+        # What comes before the next step travels with them: small sums are all waiting.
+        told = (0.0 if loss is None else loss, seconds, *map(float, self.ask()))
+        means = torch.tensor(told, dtype=torch.float64, device=self.spec.device)
+        self.ranks.sum_([means])
+        mean_loss, mean_seconds, stop, due = (means / self.ranks.size).tolist()
+        self.asked = stop > 0, due > 0
         return None if loss is None else mean_loss, mean_seconds
 
     def _synchronise(self) -> None:
@@ -224,6 +238,7 @@ class Trainer:
         if self.ranks is not None:  # running statistics of BatchNorm are each process's own
             self.ranks.broadcast_([buffer for buffer in self.model.buffers() if buffer.numel()], 0)
         scores = evaluate(self.task, self.model, self.splits.val)
+        self.asked = None  # a signal that came meanwhile is not in it
         diagnosis = self.entry.diagnose(self.optimizer) if epoch else {}
         point = EpochPoint(
             epoch=epoch,

@@ -1,9 +1,11 @@
 """A run on several processes that torchrun started: the group, each one's share of a batch, and what they agree on."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -11,13 +13,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest.distributed import Ranks
+from steepest.distributed.contact import LostRankError, RankError, contact, ending, lost_contact
 from steepest.errors import InvalidOptionError
 from steepest.training.optimizer import OptimizerEntry
+from steepest.training.rank_logs import shared_warnings, tell_user
+from steepest.training.rendezvous import Store, leave, meet, said_by
 
-__all__ = ["alone_first", "check_shares", "launched", "process_group", "refuse_several", "replica", "share"]
+__all__ = ["alone_first", "check_shares", "if_lost", "launched", "process_group", "replica", "share"]
 
 # A process that waits so long for another one gives up.
 _TIMEOUT_SECONDS = 120.0
+# So long a process that failed lets the others see why, before it closes its connections.
+_LEAVE_SECONDS = 2.0
+_REMEDY = "what was saved before is kept, and the same command goes on from there (steepest train: with --resume)"
+
+
+class _LostContact(SystemExit):
+    """Ends a command: what notes the errors of a run must not take it for one of them."""
 
 
 def launched() -> int:
@@ -34,19 +46,85 @@ def process_group(device: str) -> Iterator[Ranks | None]:
 
     Yields:
         The ranks; None for one process alone.
+
+    A process that loses contact with another one tells it in a line and ends, with exit code 1: at once where the
+    other is gone, after STEEPEST_TIMEOUT seconds (120 without it) where it does not answer.
     """
     if launched() == 1:
         yield None
         return
+    seconds = float(os.environ.get("STEEPEST_TIMEOUT", _TIMEOUT_SECONDS))
+    rank, size = int(os.environ["RANK"]), launched()
+    with ending(_LostContact):
+        try:
+            store = _join(device, seconds)
+        except (_LostContact, LostRankError) as error:
+            _end(error)
+        with shared_warnings(store, rank, size):
+            try:
+                yield Ranks.current()
+            except (_LostContact, LostRankError) as error:
+                _end(error)
+            except BaseException as error:
+                leave(store, rank, size, str(error), _LEAVE_SECONDS)
+                # The first process tells its own error on the way out; others only what it does not tell.
+                if rank > 0 and isinstance(error, Exception) and not isinstance(error, RankError):
+                    _tell_unless_told(store, rank, size, str(error))
+                raise
+            else:
+                leave(store, rank, size, "", seconds)
+            finally:
+                dist.destroy_process_group()
+
+
+def _join(device: str, seconds: float) -> Store:
     on_cuda = device.startswith("cuda")
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    seconds = float(os.environ.get("STEEPEST_TIMEOUT", _TIMEOUT_SECONDS))
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(seconds=seconds))
+    store, rank, size = meet(seconds)
     try:
-        yield Ranks.current()
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+        )
+    except RuntimeError as error:
+        reason = lost_contact(error)
+        if reason is None:
+            raise
+        raise LostRankError(f"[rank {rank}/{size}] lost contact at the start: {reason}") from error
+    return store
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End this process without another word to the others: one line, and no farewell that would wait for them."""
+    remedy = "; ".join(getattr(error, "__notes__", [])) or _REMEDY
+    sys.stderr.write(f"steepest: {error}; {remedy}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _tell_unless_told(store: Store, rank: int, size: int, message: str) -> None:
+    told = said_by(store, 0)
+    if told is None or message not in told:
+        tell_user(rank, size, message)
+
+
+@contextmanager
+def if_lost(remedy: Callable[[], str]) -> Iterator[None]:
+    """Say how to go on where contact with another process is lost.
+
+    Args:
+        remedy: Gives the text.
+
+    Raises:
+        LostRankError: As it came, with the text as a note.
+        _LostContact: The same, within `process_group`.
+    """
+    try:
+        yield
+    except (_LostContact, LostRankError) as error:
+        error.add_note(remedy())
+        raise
 
 
 @contextmanager
@@ -69,22 +147,6 @@ def alone_first(ranks: Ranks | None) -> Iterator[None]:
         ranks.agree(error)
     else:
         ranks.agree(None)
-
-
-def refuse_several(command: str) -> None:
-    """Refuse a command that works in one process.
-
-    Args:
-        command: Its name.
-
-    Raises:
-        InvalidOptionError: If torchrun has started several processes.
-    """
-    if launched() > 1:
-        raise InvalidOptionError(
-            f"steepest {command} does its work from one process: start it without torchrun; steepest train is the "
-            "command that shares a run among several, --select included"
-        )
 
 
 def check_shares(batch_size: int, ranks: Ranks | None) -> None:
@@ -125,6 +187,11 @@ def replica(
     """
     if ranks is None or entry.takes == "model":
         return model
+    with contact():
+        return _averaged(model, loss_of)
+
+
+def _averaged(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> DistributedDataParallel:
     wrapper = DistributedDataParallel(model)
     # After its first backward DDP sorts gradients into buckets anew. That must not happen within the run: sums of a
     # run that goes on from a checkpoint would be rounded in another order than those of one that was never stopped.

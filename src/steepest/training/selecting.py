@@ -101,6 +101,7 @@ def try_out(method: "Method", task: Task, model: nn.Module, splits: Splits, coun
             method=method,
             reference=(val.inputs, val.targets) if reads_reference(method) else None,
             review=False,
+            alone=True,  # each of several processes sees for itself
         )
         _see_memory(method, task, model, train, count)
 

@@ -139,6 +139,7 @@ class TrainSettings(Settings):
         select: What is selected to train on, as METHOD:FRACTION[:NAME=VALUE...]; none trains on everything.
         seed: Seed of initialisation and data order.
         checkpoint_every: Wall-clock seconds between two checkpoints.
+        keep_checkpoints: How many of them stay, the newest ones.
     """
 
     task: str | None = None
@@ -147,6 +148,7 @@ class TrainSettings(Settings):
     select: str = "none"
     seed: int = 0
     checkpoint_every: float = 30.0
+    keep_checkpoints: int = 2
 
     def request(self) -> Request:
         """The run as a comparison of one.
@@ -155,11 +157,15 @@ class TrainSettings(Settings):
             What to plan.
 
         Raises:
-            InvalidOptionError: If the time between checkpoints is no positive number.
+            InvalidOptionError: If the time between checkpoints is no positive number, or none is to be kept.
         """
         if not 0 <= self.checkpoint_every < float("inf"):
             raise InvalidOptionError(
                 f"the seconds between checkpoints are {self.checkpoint_every}: give a finite number, 0 for every step"
+            )
+        if self.keep_checkpoints < 1:
+            raise InvalidOptionError(
+                f"the number of checkpoints to keep is {self.keep_checkpoints}: give at least 1, the default is 2"
             )
         names = (self.task,) if self.task is not None else ()
         options = {self.optimizer: self.options} if self.options else {}

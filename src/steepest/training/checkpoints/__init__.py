@@ -1,0 +1,3 @@
+"""Checkpoints as folders: tensors by torch.distributed.checkpoint, everything else as JSON beside them."""
+
+__all__: list[str] = []
