@@ -77,8 +77,8 @@ bench: $(STAMP) ## steps of Sven, KFAC, FOP and LPSGDM, the Gram, attention, the
 	@if $(BIN)/python -c 'import torchjd' 2>/dev/null; then $(BIN)/python benchmarks/torchjd_gram.py; \
 	  else echo "torchjd_gram.py skipped: make peers installs torchjd"; fi
 
-peers: $(STAMP) ## install the libraries that some tests and benchmarks compare with
-	PIP_CONSTRAINT=$(VENV)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -e '.[cli,dev,peers]'
+peers: $(STAMP) ## install the libraries that some tests, benchmarks and optimizers of steepest compare come from
+	PIP_CONSTRAINT=$(VENV)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -e '.[cli,dev,peers,rivals]'
 
 clean: ## remove caches and build output; keeps .venv and runs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

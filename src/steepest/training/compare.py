@@ -11,6 +11,7 @@ from steepest.errors import InvalidOptionError, SteepestError
 from steepest.training.data import Splits
 from steepest.training.optimizer import OptimizerEntry
 from steepest.training.options import check_options
+from steepest.training.processes import launched
 from steepest.training.records import EpochPoint, RecordStore, RunRecord
 from steepest.training.registry import get_optimizer
 from steepest.training.select_text import parse_selections
@@ -142,6 +143,8 @@ def plan_runs(request: Request) -> list[RunSpec]:
             )
     entries = [get_optimizer(name) for name in request.optimizers]
     plans = parse_selections(request.selections)
+    for entry in entries:
+        _check_full_batch(entry, plans)
     specs = [spec for source in request.tasks for spec in _plan_task(request, source, entries, plans)]
     if len({(spec.task, spec.optimizer, spec.select, spec.seed, spec.batch_size) for spec in specs}) < len(specs):
         raise InvalidOptionError(
@@ -232,6 +235,21 @@ def _check_budget(request: Request) -> None:
     ):
         if value is not None and not 0 < value < float("inf"):
             raise InvalidOptionError(f"the {what} is {value}: it must be a finite number above 0")
+
+
+def _check_full_batch(entry: OptimizerEntry, plans: Sequence[SelectionPlan | None]) -> None:
+    if not entry.full_batch:
+        return
+    if any(plan is not None for plan in plans):
+        raise InvalidOptionError(
+            f"{entry.name} takes the whole training split in every step, and a selection is to be trained on: leave "
+            f"out --select or {entry.name}"
+        )
+    if launched() > 1:
+        raise InvalidOptionError(
+            f"{entry.name} takes the whole training split in every step and works in one process: start it without "
+            "torchrun or leave it out"
+        )
 
 
 def _check_device(device: str) -> None:

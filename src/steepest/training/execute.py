@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -166,6 +166,8 @@ def _run(
     shape = splits.shape
     splits = splits.to(spec.device)
     outcome.samples = (len(splits.train), len(splits.val), len(splits.test))
+    if entry.full_batch:  # the record keeps the batch size of those that it is compared with
+        spec = replace(spec, batch_size=len(splits.train))
     torch.manual_seed(spec.seed)
     model = task.model(shape).to(spec.device)
     outcome.num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -38,6 +38,8 @@ class OptimizerEntry:
         lr_range: Smallest and largest learning rate of the tuning grid.
         options: Options that differ from the constructor's defaults in every task.
         kind_options: The same for the tasks of one kind.
+        full_batch: Whether every step is on the whole training split, whatever the batch size of the others. An epoch
+            is then one step, and a comparison by epochs means little: compare by seconds.
         anneal: Sets options that follow the budget, other than the learning rate; called before every step with the
             optimizer and the part of the budget that is spent, 0 to 1. It must depend on nothing else, so that a
             continued run goes on with the same values.
@@ -54,6 +56,7 @@ class OptimizerEntry:
     lr_range: tuple[float, float]
     options: Mapping[str, object] = field(default_factory=dict)
     kind_options: Mapping[Kind, Mapping[str, object]] = field(default_factory=dict)
+    full_batch: bool = False
     anneal: Callable[[torch.optim.Optimizer, float], None] = _no_schedule
     diagnose: Callable[[torch.optim.Optimizer], Diagnosis] = _no_diagnostics
     colour: str = "#444444"
