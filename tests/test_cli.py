@@ -169,10 +169,10 @@ def test_a_diverged_run_is_a_result_and_a_failed_one_is_an_error(tmp_path: Path,
     small = ["compare", "digits", "--seeds", "1", "--epochs", "1"]
     assert run([*small, "-o", "sgd", "--set", "sgd.lr=1e12", "--out", str(tmp_path / "a")]) == 0
     assert "0/1 (1 diverged)" in capsys.readouterr().out
-    assert run([*small, "-o", "sven", "--set", "sven.rows=residuals", "--out", str(tmp_path / "b")]) == 1
+    assert run([*small, "-o", "sven", "--set", "sven.samples_per_row=7", "--out", str(tmp_path / "b")]) == 1
     shown = capsys.readouterr()
     assert "0/1 (1 failed)" in shown.out
-    assert "rows='losses'" in shown.err
+    assert "no multiple of samples_per_row=7" in shown.err
 
 
 BAD = {

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from made_checkpoints import tensors_of
 from steepest.cli import run
+from steepest.training.checkpoints.folders import complete_folders
 from steepest.training.records import RecordStore, RunRecord
 
 STEEPEST = [sys.executable, "-m", "steepest.cli"]
@@ -75,9 +77,9 @@ def test_json_is_all_there_is_on_standard_output(tmp_path: Path, capsys: Capsys)
 def test_a_run_that_diverges_or_fails_is_no_success(tmp_path: Path, capsys: Capsys) -> None:
     assert run(["train", "digits", "-o", "sgd", "--set", "lr=1e12", "--epochs", "1", "--out", str(tmp_path / "a")]) == 1
     assert "diverged" in capsys.readouterr().out
-    failing = ["train", "digits", "--set", "sven.rows=residuals", "--epochs", "1", "--out", str(tmp_path / "b")]
+    failing = ["train", "digits", "--set", "sven.samples_per_row=7", "--epochs", "1", "--out", str(tmp_path / "b")]
     assert run(failing) == 1
-    assert "rows='losses'" in capsys.readouterr().err
+    assert "no multiple of samples_per_row=7" in capsys.readouterr().err
     assert not list(tmp_path.rglob("model.pt"))
 
 
@@ -119,7 +121,7 @@ def test_a_run_that_selects_goes_on_and_ends_bit_identical(tmp_path: Path) -> No
     assert run([*often, "--epochs", "30", "--out", str(tmp_path / "whole")]) == 0
     process = start([*often, "--epochs", "30"], tmp_path / "cut")
     try:
-        wait_for(tmp_path / "cut" / "checkpoint.pt")
+        wait_for_checkpoint(tmp_path / "cut")
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     finally:
@@ -155,9 +157,9 @@ def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path) -> None:
+def wait_for_checkpoint(out: Path) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not complete_folders(out / "checkpoints"):
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -178,7 +180,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(
     out = tmp_path / "cut"
     process = start(LONG, out)
     try:
-        wait_for(out / "checkpoint.pt")
+        wait_for_checkpoint(out)
         process.send_signal(stop)
         output, error = process.communicate(timeout=60)
     finally:
@@ -195,7 +197,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(
     assert "going on from" in capsys.readouterr().err
     assert numbers(out) == numbers(whole)
     assert same(weights(out), weights(whole))
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
 
 
 @pytest.mark.slow
@@ -211,8 +213,8 @@ def test_twenty_kills_at_random_moments_of_a_run(tmp_path: Path, whole: Path) ->
         process.communicate()
         for path in out.glob("records/*.jsonl"):
             RunRecord.from_line(path.read_text(), str(path))
-        if (out / "checkpoint.pt").exists():
-            torch.load(out / "checkpoint.pt", weights_only=True)
+        for step in complete_folders(out / "checkpoints"):
+            tensors_of(step)
     assert stopped >= 5
     assert run([*LONG, "--resume", "--out", str(out)]) == 0
     assert numbers(out) == numbers(whole)

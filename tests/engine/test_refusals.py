@@ -169,8 +169,8 @@ CAPTURE: dict[str, Misuse] = {
         )[0],
     ),
     "scalar": Misuse("(?i)unreduced|scalar|1-D|one.dim|shape", lambda n, x: rows_of(n.b(n.a(x))).mean()),
-    "two_dimensional": Misuse(
-        "(?i)1-D|one.dim|shape", lambda n, x: rows_of(n.b(n.a(x))).view(-1, 1)
+    "three_dimensional": Misuse(
+        r"\(batch, K\)", lambda n, x: rows_of(n.b(n.a(x))).view(-1, 1, 1)
     ),
     "detached": Misuse("(?i)detach|graph|grad", lambda n, x: rows_of(n.b(n.a(x))).detach()),
     "integers": Misuse("(?i)float|dtype|grad", lambda n, x: n.b(n.a(x)).argmax(1)),
@@ -215,7 +215,7 @@ def test_the_remedy_works(name: str) -> None:
     assert max(errors.values()) <= 1e-10, errors
 
 
-@pytest.mark.parametrize("name", ["scalar", "two_dimensional", "detached", "integers", "not_a_tensor"])
+@pytest.mark.parametrize("name", ["scalar", "three_dimensional", "detached", "integers", "not_a_tensor"])
 def test_the_reference_refuses_what_are_no_rows(name: str) -> None:
     misuse = CAPTURE[name]
     model, x = misuse.model(), torch.randn(misuse.shape, dtype=torch.float64)

@@ -45,6 +45,19 @@ def kfac(name: str, kind: Callable[..., Optimizer] = st.KFAC, **options: Any) ->
     return Entry(name, lambda model, **o: kind(model, **{"momentum": 0.5, **options, **o}), trained)
 
 
+def sven(name: str, *, reference: bool = False, **options: Any) -> Entry:
+    def make(model: nn.Module, **o: Any) -> Optimizer:
+        given = {**options, **o}
+        if reference:
+            groups = list(given["params"]) if "params" in given else list(model.parameters())
+            given.update({"params": groups} if "params" in given else {})
+            trained_ = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+            given["capture"] = st.ReferenceCapture(model, params=trained_)
+        return st.Sven(model, **given)
+
+    return Entry(name, make, residuals if options.get("rows") == "residuals" else losses)
+
+
 def lpsgd(name: str, kind: Callable[..., Optimizer], **options: Any) -> Entry:
     def make(model: nn.Module, params: Any = None, **o: Any) -> Optimizer:
         chosen = model.named_parameters() if params is None else params
@@ -53,16 +66,25 @@ def lpsgd(name: str, kind: Callable[..., Optimizer], **options: Any) -> Entry:
     return Entry(name, make, trained)
 
 
+EIGH: dict[str, Any] = {"solver": st.TruncatedEigh(rtol=1e-3)}
+DAMPED: dict[str, Any] = {"solver": st.Damped(1e-2)}
+LEVENBERG: dict[str, Any] = {"solver": st.LevenbergMarquardt()}
+METRIC: dict[str, Any] = {"metric": st.KroneckerMetric(every=3)}
+
 OPTIMIZERS = [
-    Entry("sven", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o), losses),
-    Entry("sven_residuals", lambda model, **o: st.Sven(model, **{"lr": 0.3} | o, rows="residuals"), residuals),
-    Entry("sven_fraction", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, fraction=0.5, seed=3), losses),
-    Entry("sven_guard", lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, max_norm_ratio=1.0), losses),
-    Entry(
-        "sven_reference",
-        lambda model, **o: st.Sven(model, **{"lr": 0.1} | o, capture=st.ReferenceCapture(model)),
-        losses,
-    ),
+    sven("sven"),
+    sven("sven_residuals", rows="residuals"),
+    sven("sven_momentum", rows="residuals", momentum=0.5),
+    sven("sven_untried", solver=st.LeaveOneOut(verify=False)),
+    sven("sven_losses", **EIGH, lr=0.1),
+    sven("sven_damped", **DAMPED, rows="residuals", lr=0.3),
+    sven("sven_metric", **DAMPED, **METRIC, rows="residuals", lr=0.3, momentum=0.5),
+    sven("sven_fraction", **EIGH, lr=0.1, fraction=0.5, seed=3),
+    sven("sven_fraction_momentum", **DAMPED, rows="residuals", lr=0.1, fraction=0.5, momentum=0.5),
+    sven("sven_guard", **EIGH, lr=0.1, max_norm_ratio=1.0),
+    sven("sven_levenberg", **LEVENBERG, rows="residuals"),
+    sven("sven_levenberg_all", **LEVENBERG, **METRIC, rows="residuals", momentum=0.3),
+    sven("sven_reference", reference=True),
     kfac("kfac"),
     kfac("kfac_mid_period", factor_update_steps=2, inverse_update_steps=4),
     kfac("kfac_exact", fisher=st.Exact("gaussian", scale=2.0)),
@@ -198,13 +220,9 @@ def test_a_tensor_lr_is_a_number(entry: Entry) -> None:
 @each
 def test_parameters_outside_params_stay(entry: Entry) -> None:
     model, x, y = problem()
-    opt = entry.make(model, params=model[2].parameters()) if "reference" not in entry.name else None
-    if opt is None:
-        opt = st.Sven(
-            model, params=model[2].parameters(), capture=st.ReferenceCapture(model, params=model[2].parameters())
-        )
+    opt = entry.make(model, params=model[2].parameters())
     before = snapshot(model)
-    run(entry, model, opt, x, y, 2)
+    run(entry, model, opt, x, y + 2, 2)
     after = snapshot(model)
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])

@@ -1,5 +1,7 @@
 """Sven against mathematics: least squares, Kaczmarz, the singular value decomposition, its own other forms."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,21 +133,22 @@ def test_a_loss_of_zero_is_a_condition_that_holds(kappa: float) -> None:
     model, x, _ = mlp_problem()
     y = model(x).squeeze(1).detach().clone()
     y[1:] += 1.0
-    opt = st.Sven(model, lr=0.1, kappa=kappa)
+    opt = st.Sven(model, lr=0.1, kappa=kappa, solver=st.TruncatedEigh(rtol=1e-3))
     before = flat(model)
     opt.step(lambda: (model(x).squeeze(1) - y).square())
     assert torch.isfinite(flat(model)).all()
     assert not torch.equal(flat(model), before)
 
 
-def test_permuting_the_samples_permutes_the_rows() -> None:
+@pytest.mark.parametrize("options", [{}, {"solver": st.TruncatedEigh(rtol=1e-3)}], ids=["default", "eigh"])
+def test_permuting_the_samples_permutes_the_rows(options: dict[str, Any]) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     taken = []
     for index in (torch.arange(6), order):
         model, x, y = mlp_problem()
-        opt = st.Sven(model, lr=1.0)
+        opt = st.Sven(model, lr=1.0, **options)
         taken.append(step_taken(model, opt, lambda m=model, x=x[index], y=y[index]: (m(x).squeeze(1) - y).square()))
-    torch.testing.assert_close(taken[0], taken[1], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(taken[0], taken[1], rtol=1e-7, atol=1e-10)
 
 
 def test_named_blocks_are_stacked_conditions() -> None:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import steepest as st
+from optim.rank_runs import assert_identical
 from ranks import run_ranks
+from steepest.training.losses import CrossEntropy
+from steepest.training.steps import residuals_step
 from zoo_parts import Net, param
 
 STEPS = 4
@@ -85,6 +88,15 @@ def residuals(model: Any, data: Data) -> Tensor:
     return model(data["x"]).flatten() - data["y"]
 
 
+def far(model: Any, data: Data) -> Tensor:
+    """What even a few samples say something of."""
+    return residuals(model, data) - 2
+
+
+def far_losses(model: Any, data: Data) -> Tensor:
+    return far(model, data).square()
+
+
 def blocks(model: Any, data: Data) -> dict[str, Tensor]:
     """Named conditions, one of which rank 0 alone has, with a parameter of its own."""
     found = {"equation": model.net(data["x"]).flatten() - data["x"].prod(1), "edge": 3 * model.net(data["edge"])[:, 0]}
@@ -123,36 +135,83 @@ def field() -> nn.Module:
     return Net(lambda n, x: n.net(x), net=nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), scale=param())
 
 
+def branched() -> nn.Module:
+    """A layer that rank 0's own block alone uses."""
+    return Net(
+        lambda n, x: n.net(x),
+        net=nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), scale=param(), own=nn.Linear(2, 2),
+    )  # fmt: skip
+
+
+def own_layer(model: Any, data: Data) -> dict[str, Tensor]:
+    found = blocks(model, data)
+    if "here" in found:
+        found["here"] = found["here"] + model.own(data["only_here"]).tanh().sum(1)
+    return found
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def vectors(model: Any, data: Data) -> Tensor:
+    return model(data["x"]) - torch.stack([data["y"] + 2, data["y"] - 2, data["x"][:, 0] + 1], 1)
+
+
+def mixed(model: Any, data: Data) -> dict[str, Tensor]:
+    """Vector rows and single ones, weighted."""
+    return {"vectors": vectors(model, data), "single": model(data["x"])[:, 0] - 2}
+
+
 def grouped(model: nn.Module) -> dict[str, Any]:
     first, *rest = model.parameters()
     groups = [{"params": [first], "lr": 0.2, "weight_decay": 0.1}, {"params": rest, "lr": 0.4}]
-    return {"params": groups, "rows": "residuals", "weight_decay": 0.01}
+    return {"params": groups, **DAMPED, "weight_decay": 0.01}
 
 
 def always(**options: Any) -> Callable[[nn.Module], dict[str, Any]]:
     return lambda model: options
 
 
+EIGH: dict[str, Any] = {"solver": st.TruncatedEigh(rtol=1e-3)}
+DAMPED: dict[str, Any] = {"solver": st.Damped(1e-2), "rows": "residuals"}
+# Leave-one-out decides by sums that rounding changes: of eigenvectors, more than of anything else.
+LOOSE: dict[str, Any] = {"tolerance": 1e-9}
 CASES = [
-    Case("losses", mlp, floats(5), losses, always(lr=0.3), EQUAL),
+    Case("losses", mlp, floats(5), losses, always(**EIGH, lr=0.3), EQUAL),
+    Case("default", mlp, floats(5), far_losses, counts=EQUAL, **LOOSE),
+    Case("default of parts", mlp, floats(5), far_losses, **LOOSE),
+    Case("residuals and momentum", mlp, floats(5), far, always(rows="residuals", momentum=0.6), **LOOSE),
+    Case("untried", mlp, floats(5), far_losses, always(solver=st.LeaveOneOut(verify=False), kappa=1.0), **LOOSE),
+    Case("metric", mlp, floats(5), residuals, always(**DAMPED, metric=st.KroneckerMetric(every=2), momentum=0.5)),
+    Case("metric of images", cnn, floats(2, 8, 8), residuals, always(**DAMPED, metric=st.KroneckerMetric(power=0.5))),
+    Case("metric of text", text, tokens, residuals, always(**DAMPED, metric=st.KroneckerMetric())),
+    Case("vector rows", wide, floats(5), vectors, always(rows="residuals"), **LOOSE),
+    Case("blocks of vector rows", wide, floats(5), mixed,
+         always(rows="residuals", weights={"single": 3.0}, momentum=0.3), **LOOSE),
+    Case("weights", field, points, blocks, always(**DAMPED, weights={"here": 4.0, "edge": 0.3})),
+    Case("a layer of one rank", branched, points, own_layer, always(**DAMPED, metric=st.KroneckerMetric())),
+    Case("momentum and a fraction", mlp, floats(5), residuals, always(**DAMPED, momentum=0.5, fraction=0.5)),
+    Case("twice the batch and a floor", mlp, floats(5), far_losses,
+         always(solver=st.LeaveOneOut(smallest=1e-12, slack=0.0), kappa=1.0), **LOOSE),
     Case("residuals in groups with decay", mlp, floats(5), residuals, grouped),
-    Case("kappa and rows of two", mlp, floats(5), losses, always(kappa=1.0, samples_per_row=2, lr=0.3)),
-    Case("a fraction", mlp, floats(5), losses, always(fraction=0.4, seed=3, lr=0.3)),
-    Case("named blocks", field, points, blocks, always(rows="residuals", lr=0.5)),
+    Case("kappa and rows of two", mlp, floats(5), losses, always(**EIGH, kappa=1.0, samples_per_row=2, lr=0.3)),
+    Case("a fraction", mlp, floats(5), losses, always(**EIGH, fraction=0.4, seed=3, lr=0.3)),
+    Case("named blocks", field, points, blocks, always(**DAMPED, lr=0.5)),
     Case("a clipped step", mlp, floats(5), losses, always(max_norm_ratio=1.0, solver=st.TruncatedEigh(rtol=1e-6))),
     Case("images", cnn, floats(2, 8, 8), losses, always(solver=st.Damped(1e-2, relative_to="max", exponent=0.5))),
     Case("a fraction of images", cnn, floats(2, 8, 8), losses, always(solver=st.Damped(1e-1), fraction=0.5)),
     Case("text", text, tokens, losses, always(solver=st.TruncatedEigh(rank=5))),
-    Case("a fraction of text", text, tokens, residuals, always(rows="residuals", fraction=0.5)),
-    Case("more rows than parameters", tiny, floats(5), residuals, always(rows="residuals", lr=0.5)),
+    Case("a fraction of text", text, tokens, residuals, always(**DAMPED, fraction=0.5)),
+    Case("more rows than parameters", tiny, floats(5), residuals, always(**DAMPED, lr=0.5)),
     Case("primal", mlp, floats(5), losses, always(solver=st.TruncatedEigh(form="primal"), lr=0.3)),
     Case("by the SVD", mlp, floats(5), losses, always(solver=st.TruncatedSVD(rtol=1e-2), lr=0.3)),
     Case("by random directions", mlp, floats(5), losses, always(solver=st.RandomizedSVD(3), lr=0.3), tolerance=1e-8),
     Case("single precision", mlp, floats(5), losses,
          always(solver=st.Damped(1e-1, precision="float32")), tolerance=1e-5),
-    Case("float32", cnn, floats(2, 8, 8), residuals, always(rows="residuals"), tolerance=1e-5, dtype=torch.float32),
+    Case("float32", cnn, floats(2, 8, 8), residuals, always(**DAMPED), tolerance=1e-5, dtype=torch.float32),
     Case("one backward for each row", recurrent, floats(4, 3), losses,
-         lambda model: {"capture": st.ReferenceCapture(model), "lr": 0.2}),
+         lambda model: {"capture": st.ReferenceCapture(model), **EIGH, "lr": 0.2}),
 ]  # fmt: skip
 
 
@@ -160,11 +219,13 @@ def train(case: Case, batches: list[list[Data]], own: int | None) -> dict[str, A
     """Some steps with one rank's part of each batch, or with all of it."""
     model = case.fresh()
     opt = st.Sven(model, **case.options(model))
-    returned, seen = [], []
+    returned, seen, calls = [], [], 0
     for parts in batches:
         data = whole(parts) if own is None else parts[own]
         before = (opt.traffic.sent, opt.traffic.gathered, opt.traffic.reduced, opt.traffic.broadcast)
-        returned.append(opt.step(lambda data=data: case.rows(model, data)))  # type: ignore[misc]
+        closure, called = counting(case, model, data)
+        returned.append(opt.step(closure))
+        calls = len(called)
         after = (opt.traffic.sent, opt.traffic.gathered, opt.traffic.reduced, opt.traffic.broadcast)
         assert opt.diagnostics is not None
         seen.append((opt.diagnostics.rows, opt.diagnostics.rank, opt.diagnostics.update_norm, opt.diagnostics.clipped))
@@ -174,9 +235,20 @@ def train(case: Case, batches: list[list[Data]], own: int | None) -> dict[str, A
         "seen": seen,
         "spectrum": opt.diagnostics.spectrum if opt.diagnostics else None,
         "state": [v for state in opt.state.values() for v in state.values()],
+        "calls": calls,
         "traffic": tuple(b - a for a, b in zip(before, after, strict=True)),
         "buffers": [p.grad is None for p in model.parameters()],
     }
+
+
+def counting(case: Case, model: nn.Module, data: Data) -> tuple[Callable[[], Any], list[None]]:
+    called: list[None] = []
+
+    def closure() -> Any:
+        called.append(None)
+        return case.rows(model, data)
+
+    return closure, called
 
 
 def all_cases(rank: int, world: int) -> list[dict[str, Any]]:
@@ -193,7 +265,8 @@ def test_the_step_is_that_of_one_process_with_the_whole_batch(world: int, tmp_pa
         for one in (rank[number] for rank in found):
             assert torch.equal(one["params"], first["params"]), case.name  # to the bit
             assert torch.equal(one["losses"], first["losses"]), case.name
-            assert one["state"] == first["state"], case.name
+            assert_identical(one["state"], first["state"], case.name)
+            assert one["calls"] == want["calls"], case.name
             assert one["seen"] == first["seen"], case.name
             assert all(one["buffers"])
         moved = (want["params"] - torch.cat([p.detach().flatten() for p in case.fresh().parameters()])).norm()
@@ -221,15 +294,36 @@ def _check_traffic(world: int, found: list[list[dict[str, Any]]]) -> None:
             sum(t * w for t, w in zip(turns, wire, strict=True)),
             most * (rows + 1) * 8 + most * 8,
             size * 8 + 8,
-            64 + 8 * rows + 8 * rows,
+            88 + 8 * rows + 8 * rows,
         )
+        _check_traffic_of_trials(one[names.index("default")], counts, rank, momentum=False)
+        _check_traffic_of_trials(one[names.index("residuals and momentum")], UNEQUAL[:world], rank, momentum=True)
         counts = UNEQUAL[:world]
         assert one[names.index("primal")]["traffic"] == (
             0,
             max(counts) * 8,
             (size * size + size) * 8,
-            64 + 8 * size + 8 * size,
+            88 + 8 * size + 8 * size,
         )
+
+
+def _check_traffic_of_trials(found: dict[str, Any], counts: tuple[int, ...], rank: int, *, momentum: bool) -> None:
+    """With a metric, leave-one-out and momentum."""
+    rows, most, world, layers = sum(counts), max(counts), len(counts), ((5, 12), (12, 9), (9, 1))
+    size = sum(i * o + o for i, o in layers)
+    # A 1 is joined to the inputs; the ranks choose by what all of them send.
+    wire = [min((i + 1) + o, i * o + o) * 8 * counts[rank] for i, o in layers]
+    turns = [(world - 1) // 2 + (world % 2 == 0 and (rank < world // 2) != (n % 2 == 0)) for n in range(3)]
+    factors = sum((i + 1) ** 2 + o**2 for i, o in layers) * 8 + 16 * len(layers)
+    trials = found["calls"] - 1
+    memory = len(next(value for value in found["state"] if isinstance(value, Tensor) and value.ndim == 1))
+    assert trials >= 1
+    assert found["traffic"] == (
+        sum(t * w for t, w in zip(turns, wire, strict=True)),
+        most * (rows + 1) * 8 + most * 8 * (2 if momentum else 1),
+        factors + trials * (size * 8 + 8 + 8) + (size * 8 + 8 if momentum else 0),
+        88 + 8 * rows + 8 * rows + 8 * memory,
+    )
 
 
 # ---- what goes wrong on one rank
@@ -249,7 +343,7 @@ def attempt(opt: st.Sven, closure: Any) -> str:
         return "skipped" if result is None else "stepped"
     now = [p for group in opt.param_groups for p in group["params"]]
     assert all(torch.equal(a, b) for a, b in zip(model_state, now, strict=True))
-    assert opt.state_dict()["state"] == state
+    assert_identical(opt.state_dict()["state"], state)
     return found
 
 
@@ -312,7 +406,8 @@ def failures(rank: int, world: int) -> dict[str, Any]:
     found["broken"] = attempt(st.Sven(model, solver=Broken(rank)), good)
     found["odd"] = attempt(st.Sven(model, solver=Odd()), good)
     found["overflow"] = attempt(st.Sven(model, solver=st.Damped()), wrong(lambda: good() * 1e200))
-    found["too far"] = attempt(st.Sven(model, lr=1e308, max_norm_ratio=None), good)
+    found["too far"] = attempt(st.Sven(model, **EIGH, lr=1e308, max_norm_ratio=None), good)
+    found |= _new_failures(case, data, last)
     other = case.fresh()
     if last:
         with torch.no_grad():
@@ -329,6 +424,57 @@ def failures(rank: int, world: int) -> dict[str, Any]:
     found["params"] = torch.cat([p.detach().flatten() for p in model.parameters()])
     found["wrapped"] = _wrapped(case, data)
     found["lengths"] = _lengths(rank)
+    return found
+
+
+def _new_failures(case: Case, data: Data, last: bool) -> dict[str, Any]:
+    """Of options that one process alone has, and of the closure's second call."""
+    model = case.fresh()
+
+    def good() -> Tensor:
+        return far_losses(model, data)
+
+    def named() -> dict[str, Tensor]:
+        return {"some": far_losses(model, data)}
+
+    def second(change: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        calls: list[None] = []
+
+        def closure() -> Any:
+            calls.append(None)
+            return change(good()) if last and len(calls) > 1 else good()
+
+        return closure
+
+    def broken(_: Tensor) -> Any:
+        raise KeyError("user")
+
+    first, *rest = model
+    groups = [{"params": list(first.parameters()), "method": "adamw"}, {"params": list(rest[-1].parameters())}]
+    opt = st.Sven(model, momentum=0.5, metric=st.KroneckerMetric())
+    found: dict[str, Any] = {
+        "levenberg": attempt(st.Sven(model, solver=st.LevenbergMarquardt()), good),
+        "levenberg of one": attempt(st.Sven(model, solver=st.LevenbergMarquardt() if last else None), good),
+        "adamw": attempt(st.Sven(model, params=groups), good),
+        "momentum": attempt(st.Sven(model, momentum=0.5 if last else 0.2), good),
+        "metric": attempt(st.Sven(model, metric=st.KroneckerMetric() if last else None), good),
+        "weights": attempt(st.Sven(model, weights={"some": 2.0 if last else 1.0}), named),
+        "unknown": attempt(st.Sven(model, weights={"other": 2.0}), named),
+        "before": attempt(opt, good),
+        "second": attempt(opt, second(broken)),
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    found["second nan"] = attempt(opt, second(lambda rows: rows * torch.nan))
+    found["second worse"] = attempt(opt, second(lambda rows: rows + 1e6))
+    found["given up"] = opt.diagnostics is not None and not opt.diagnostics.accepted
+    found["as it was"] = all(map(torch.equal, before, model.parameters()))
+    found["after"] = attempt(opt, good)
+    torch.manual_seed(3)
+    classes, inputs = nn.Linear(5, 4).double(), torch.randn(8, 5, dtype=torch.float64)
+    here, targets = (inputs[:3], torch.arange(3)) if last else (inputs[3:5], torch.arange(3, 5) % 4)
+    step = residuals_step(st.Sven(classes, rows="residuals"), classes, CrossEntropy(), here, targets)
+    found["reported"] = step, inputs, [(p.detach().clone()) for p in classes.parameters()]
+    found["new params"] = torch.cat([p.detach().flatten() for p in model.parameters()])
     return found
 
 
@@ -399,6 +545,24 @@ def test_what_goes_wrong_on_one_rank_raises_on_all_and_changes_nothing(tmp_path:
         assert one["too far"].startswith("NonFiniteError: The update reaches")
         assert f"Parameter '2.weight' is not the same on rank 0 and on rank {world - 1}" in one["start"]
         assert "Parameter '0.bias' is not the same" in one["frozen"]
+        for name, text_ in (("levenberg", "solver=LevenbergMarquardt"), ("adamw", "method='adamw'")):
+            assert one[name].startswith("InvalidOptionError"), one[name]
+            assert f"{text_}" in one[name]
+            assert "works in one process" in one[name]
+        assert "solver=LevenbergMarquardt(...) works in one process" in one["levenberg of one"]
+        assert one["levenberg of one"].startswith("InvalidOptionError" if last else "RankError")
+        assert f"momentum is 0.2 on rank 0 and 0.5 on rank {world - 1}" in one["momentum"]
+        assert "metric is None on rank 0 and KroneckerMetric(" in one["metric"]
+        assert "weights is {'some': 1.0} on rank 0 and {'some': 2.0}" in one["weights"]
+        assert "a weight for 'other', and the closure returned the blocks 'some'" in one["unknown"]
+        assert one["before"] == one["after"] == "stepped"
+        assert one["second"].startswith("KeyError" if last else "RankError: " + told + "KeyError"), one["second"]
+        assert one["second nan"] == one["second worse"] == "stepped"  # whole steps that moved nothing
+        assert one["given up"]
+        assert one["as it was"]
+        assert torch.equal(one["new params"], found[0]["new params"])
+        assert torch.equal(one["reported"][0], found[0]["reported"][0])
+        assert_identical(one["reported"][2], found[0]["reported"][2])
         assert one["after all"] == ["stepped", "stepped"]
         assert one["saved"]
         assert torch.equal(one["params"], found[0]["params"])
@@ -407,6 +571,7 @@ def test_what_goes_wrong_on_one_rank_raises_on_all_and_changes_nothing(tmp_path:
         (said,) = one["wrapped"]["said"]
         assert "Sven trains the module inside DistributedDataParallel" in said
         assert torch.equal(one["lengths"]["params"], found[0]["lengths"]["params"])
+    _check_reported(world, found[0]["reported"][0])
     torch.manual_seed(5)
     model = text().double()
     opt = st.Sven(model, solver=st.Damped(1e-2), capture=st.ReferenceCapture(model))
@@ -414,6 +579,15 @@ def test_what_goes_wrong_on_one_rank_raises_on_all_and_changes_nothing(tmp_path:
     torch.testing.assert_close(found[0]["lengths"]["loss"], loss, rtol=1e-12, atol=0)
     want = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (found[0]["lengths"]["params"] - want).norm() <= 1e-10 * want.norm()
+
+
+def _check_reported(world: int, loss: Tensor) -> None:
+    """A step by residuals tells the mean loss of all samples: three on the last rank, two on the others."""
+    torch.manual_seed(3)
+    classes, inputs = nn.Linear(5, 4).double(), torch.randn(8, 5, dtype=torch.float64)
+    each = nn.functional.cross_entropy(classes(inputs[:5]), torch.tensor([0, 1, 2, 3, 0]), reduction="none").detach()
+    want = (each[:3].sum() + (world - 1) * each[3:].sum()) / (3 + 2 * (world - 1))
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
 
 
 def test_one_process_alone_sends_nothing() -> None:

@@ -11,7 +11,15 @@ from steepest.engine.records import Record, join
 from steepest.engine.tape import REFERENCE_REMEDY, Use
 from steepest.errors import CaptureError, UnsupportedModelError
 
-__all__ = ["LayoutFinder", "assemble", "output_gradients", "reached", "single_row"]
+__all__ = [
+    "LayoutFinder",
+    "assemble",
+    "explained",
+    "gradients_of_uses",
+    "output_gradients",
+    "reached",
+    "single_row",
+]
 
 
 def output_gradients(
@@ -23,17 +31,16 @@ def output_gradients(
     off, so a gradient that reaches one comes from a use that the capture did not see.
 
     Args:
-        rows: ``[R]`` with graph.
+        rows: ``[R]`` or ``[B, K]`` with graph.
         uses: The captured calls that the rows depend on.
         params: The differentiated parameters by name.
-        weights: ``[R]`` to weight the rows by, or None for their sum.
+        weights: Of the same shape, to weight the rows by, or None for their sum.
         keep: Whether the graph is needed again.
 
     Returns:
         One gradient for each use, of the shape of its output.
 
     Raises:
-        UnsupportedModelError: If a parameter reaches the rows by another way.
         CaptureError: If the graph is gone already, or was spoilt by an in-place operation.
     """
     weighting = torch.ones_like(rows) if weights is None else weights.to(rows.dtype)
@@ -41,8 +48,33 @@ def output_gradients(
     try:
         grads = torch.autograd.grad(rows, [*targets, *params.values()], weighting, allow_unused=True, retain_graph=keep)
     except RuntimeError as error:
-        translated = _explained(error)
+        translated = explained(error)
         raise translated from error
+    return gradients_of_uses(grads, uses, params, rows, ())
+
+
+def gradients_of_uses(
+    grads: Sequence[Tensor | None],
+    uses: Sequence[Use],
+    params: Mapping[str, Tensor],
+    rows: Tensor,
+    lead: tuple[int, ...],
+) -> list[Tensor]:
+    """Sort what one backward gave: the gradients of the uses, and none of the parameters.
+
+    Args:
+        grads: Gradients of the edges of the uses, then of the parameters.
+        uses: The captured calls.
+        params: The differentiated parameters by name.
+        rows: What was differentiated.
+        lead: Sizes of the batch of backwards, empty for one.
+
+    Returns:
+        ``[*lead, *sizes]`` for each use.
+
+    Raises:
+        UnsupportedModelError: If a parameter reaches the rows by another way.
+    """
     hidden = [name for name, grad in zip(params, grads[len(uses) :], strict=True) if grad is not None]
     if hidden:
         raise UnsupportedModelError(
@@ -53,7 +85,9 @@ def output_gradients(
         )
     # A gradient is None where the rows depend on a use in name only, through a function that stops gradients.
     return [
-        torch.zeros(use.sizes, dtype=rows.dtype, device=rows.device) if grad is None else grad.reshape(use.sizes)
+        torch.zeros((*lead, *use.sizes), dtype=rows.dtype, device=rows.device)
+        if grad is None
+        else grad.reshape((*lead, *use.sizes))
         for use, grad in zip(uses, grads, strict=False)
     ]
 
@@ -62,7 +96,7 @@ def reached(rows: Tensor, uses: Sequence[Use]) -> tuple[list[Use], tuple[object,
     """Find the uses that rows depend on, by a walk over the graph.
 
     Args:
-        rows: ``[R]`` with graph.
+        rows: ``[R]`` or ``[B, K]`` with graph.
         uses: The captured calls.
 
     Returns:
@@ -80,11 +114,18 @@ def reached(rows: Tensor, uses: Sequence[Use]) -> tuple[list[Use], tuple[object,
                 stack.append(below)
     below_rows = wanted & found
     used = [use for use in uses if use.edge.node in below_rows]
-    return used, (len(rows), *kinds, *((use.function, use.names, use.sizes) for use in used))
+    return used, (len(rows), tuple(rows.shape), *kinds, *((use.function, use.names, use.sizes) for use in used))
 
 
-def _explained(error: RuntimeError) -> Exception:
-    """Translate what autograd says of a graph that cannot be walked."""
+def explained(error: RuntimeError) -> Exception:
+    """Translate what autograd says of a graph that cannot be walked.
+
+    Args:
+        error: What it raised.
+
+    Returns:
+        An error that says what to do, or the same one.
+    """
     text = str(error)
     if "second time" in text:
         return CaptureError(
@@ -148,6 +189,19 @@ class LayoutFinder:
         half[torch.randperm(rows, generator=generator, device="cpu")[: rows // 2]] = 1
         return (weights * half).to(device), (weights * (1 - half)).to(device)
 
+    def coefficients(self, components: int, device: torch.device) -> Tensor:
+        """Draw weights of the rows of a sample: gradients that cancel in their sum do not cancel in this one.
+
+        Args:
+            components: Number of rows of a sample.
+            device: Where they lie.
+
+        Returns:
+            One number for each, none of them small.
+        """
+        generator = torch.Generator("cpu").manual_seed(self._probes)
+        return (0.5 + torch.rand(components, generator=generator, device="cpu")).to(device)
+
     def find(
         self,
         uses: Sequence[Use],
@@ -196,8 +250,8 @@ def _interaction(use: Use, grads: Tensor, rows: int) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"The {rows} rows cannot be told apart in {use}, whose output has leading sizes {lead}: either row n depends "
         "on other samples there (batch statistics, a mean over the batch, a loss that compares samples), or the batch "
-        f"is not a dimension of it, or the number of rows is wrong. Remedy: make row n depend on sample n alone, "
-        f"{REFERENCE_REMEDY}."
+        f"is not a dimension of it, or the number of rows is wrong. Remedy: make row n depend on sample n alone, give "
+        f"several rows of each sample in shape (batch, K) and not flattened, {REFERENCE_REMEDY}."
     )
 
 

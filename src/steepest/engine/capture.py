@@ -9,6 +9,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from steepest._validation import check_integer
 from steepest.engine.assembly import LayoutFinder, assemble, output_gradients, reached, single_row
+from steepest.engine.components import ComponentBackward, vector_record
 from steepest.engine.coverage import check_model
 from steepest.engine.jacobian import Jacobian, caller_independent
 from steepest.engine.records import Record
@@ -86,6 +87,7 @@ class Capture:
         check_model(model, self._params)
         self._buffered = [(path, module) for path, module in model.named_modules() if module._buffers]
         self._finder = LayoutFinder(check_integer("probe_every", probe_every, low=1))
+        self._components = ComponentBackward()
         self._mode: TapeMode | None = None
         self._tape: Tape | None = None
 
@@ -127,7 +129,8 @@ class Capture:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the capture without a recording, and without what it learnt of graphs."""
-        return {**self.__dict__, "_mode": None, "_tape": None, "_finder": LayoutFinder(self._finder.every)}
+        fresh = {"_finder": LayoutFinder(self._finder.every), "_components": ComponentBackward()}
+        return {**self.__dict__, "_mode": None, "_tape": None, **fresh}
 
     @caller_independent
     def jacobian(self, rows: Rows) -> Jacobian:
@@ -135,11 +138,14 @@ class Capture:
 
         Args:
             rows: ``[R]``, one entry for each loss or residual, entry n depending on sample n alone; where a captured
-                batch holds m times R samples, each row owns m adjacent ones (losses averaged in sub-batches). Or a
-                mapping of names to such tensors, possibly from several forward passes, stacked in their order.
+                batch holds m times R samples, each row owns m adjacent ones (losses averaged in sub-batches). Or
+                ``[B, K]``, K rows of each sample, entries ``[n, :]`` depending on sample n alone. Or a mapping of
+                names to such tensors, possibly from several forward passes, stacked in their order.
 
         Returns:
-            The Jacobian of the rows in the parameters.
+            The Jacobian of the rows in the parameters. Rows ``[B, K]`` are ordered sample by sample, as by
+            ``rows.flatten()``. Their output gradients come from one backward over a batch of K selections, or from K
+            backwards where torch has no rule for that (see `ComponentBackward`); layer inputs are kept once.
 
         Raises:
             CaptureError: If there is no recording, or the rows do not come from it.
@@ -155,7 +161,8 @@ class Capture:
         parts = []
         for number, block in enumerate(blocks):
             last = number == len(blocks) - 1
-            parts.append((len(block), self._records(tape, block, keep=not last)))
+            records = self._records if block.ndim == 1 else self._vector_records
+            parts.append((block.numel(), records(tape, block, keep=not last)))
         if not any(records for _, records in parts):
             raise CaptureError(
                 "The rows depend on no parameter that the capture recorded. Remedy: call the captured model itself, "
@@ -164,7 +171,7 @@ class Capture:
         shapes = {name: p.shape for name, p in self._params.items()}
         example = next(iter(self._params.values()))
         return Jacobian(
-            assemble(parts), shapes, sum(map(len, blocks)), self._max_memory, blocks[0].device, example.dtype
+            assemble(parts), shapes, sum(rows for rows, _ in parts), self._max_memory, blocks[0].device, example.dtype
         )
 
     def _records(self, tape: Tape, rows: Tensor, *, keep: bool) -> list[Record]:
@@ -182,6 +189,27 @@ class Capture:
         elif layouts is None:
             layouts = single_row(uses, grads)
         return [use.record(grad, layout, len(rows)) for use, grad, layout in zip(uses, grads, layouts, strict=True)]
+
+    def _vector_records(self, tape: Tape, rows: Tensor, *, keep: bool) -> list[Record]:
+        """Differentiate one block ``[B, K]``; the probe takes one combination of each sample's rows."""
+        uses, signature = reached(rows, tape.uses)
+        layouts = self._finder.known(signature)
+        if uses and layouts is None and len(rows) > 1:
+            combine = self._finder.coefficients(rows.shape[1], rows.device)
+            whole = output_gradients(rows, uses, tape.params, combine.expand(rows.shape), True)
+
+            def probe(weights: Tensor, _last: bool) -> list[Tensor]:
+                return output_gradients(rows, uses, tape.params, weights.unsqueeze(1) * combine, True)
+
+            layouts = self._finder.find(uses, whole, probe, signature)
+            del whole
+        grads = self._components.gradients(rows, uses, tape.params, signature, keep)
+        if layouts is None:
+            layouts = single_row(uses, [grad[0] for grad in grads])
+        records = []
+        for use, layout in zip(uses, layouts, strict=True):  # each use's gradients go once its record has its own
+            records.append(vector_record(use, grads.pop(0), layout, len(rows)))
+        return records
 
     def _check_without_grad(self, tape: Tape) -> None:
         """Refuse a parameter whose only uses had gradients switched off: reentrant checkpointing looks like that."""
@@ -237,10 +265,10 @@ def check_rows(rows: Rows) -> list[Tensor]:
         rows: A tensor, or a mapping of names to tensors.
 
     Returns:
-        The blocks in order.
+        The blocks in order: ``[B]``, or ``[B, K]`` with K > 1.
 
     Raises:
-        CaptureError: With the name of the first block that is not a non-empty vector with a graph.
+        CaptureError: With the name of the first block that is not a non-empty vector or matrix with a graph.
     """
     named = {"rows": rows} if isinstance(rows, Tensor) else rows
     if not isinstance(named, Mapping) or not named:
@@ -250,10 +278,11 @@ def check_rows(rows: Rows) -> list[Tensor]:
     for name, block in named.items():
         if not isinstance(block, Tensor):
             raise CaptureError(f"Block {name!r} is a {type(block).__name__}: give a tensor of shape (rows,).")
-        if block.ndim != 1 or len(block) == 0:
+        if block.ndim not in {1, 2} or block.numel() == 0:
             raise CaptureError(
-                f"Block {name!r} has shape {tuple(block.shape)}: give one unreduced value for each sample, shape "
-                "(rows,) with at least one row (reduction='none', then .flatten() or a mean over all but the batch)."
+                f"Block {name!r} has shape {tuple(block.shape)}: give unreduced values (reduction='none'), one for "
+                "each sample in shape (rows,) or K of each in shape (batch, K), with at least one row; of more "
+                "dimensions take a mean over all but the batch, or .flatten(1)."
             )
         if not block.requires_grad:
             raise CaptureError(
@@ -262,4 +291,4 @@ def check_rows(rows: Rows) -> list[Tensor]:
             )
         if not block.is_floating_point():
             raise CaptureError(f"Block {name!r} has dtype {block.dtype}: rows must be real floating-point numbers.")
-    return list(named.values())
+    return [block.squeeze(1) if block.ndim == 2 and block.shape[1] == 1 else block for block in named.values()]

@@ -66,10 +66,7 @@ class ConvRecord(Record):
     def _patches(self, rows: slice) -> Tensor:
         """``[rows, groups, features, images and positions of a row]``."""
         merged = self._merged
-        patches = self._shape.patches(self._x[rows.start * merged : rows.stop * merged])
-        if merged == 1:
-            return patches
-        return patches.view(-1, merged, *patches.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+        return self._shape.row_patches(self._x[rows.start * merged : rows.stop * merged], merged)
 
     def _weight_grads(self, max_memory: int, rows_counted: int = 0) -> Iterator[Tensor]:
         """Yield per-sample gradients ``[R, groups, channels, features]`` of some output channels after others.
@@ -187,6 +184,13 @@ class ConvRecord(Record):
         if self._shape.groups > 1:
             return super().positions(sharing)
         return self._as_linear(self._bias).positions(sharing)
+
+    def whitened(self, input_root: Tensor, grad_root: Tensor) -> Record:
+        """As a linear map of its patches."""
+        if self._weight is None or self._shape.groups > 1:
+            return super().whitened(input_root, grad_root)
+        linear = self._as_linear(self._bias).whitened(input_root, grad_root)
+        return LinearRecord(self._weight, None, *linear.parts()[1])
 
     def summed(self) -> tuple[Tensor, ...]:
         """The layer's weight gradient, and the sum of the output gradients."""

@@ -73,6 +73,21 @@ class ConvShape:
         order = (*range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial))
         return windows.permute(0, 1, *order).reshape(x.shape[0], self.groups, self.weight_shape[1:].numel(), -1)
 
+    def row_patches(self, x: Tensor, merged: int) -> Tensor:
+        """Gather the same sample by sample, where every sample has ``merged`` adjacent images.
+
+        Args:
+            x: ``[B * merged, C, *spatial]``.
+            merged: Images of a sample.
+
+        Returns:
+            ``[B, groups, C / groups * prod(kernel), merged * positions]``.
+        """
+        patches = self.patches(x)
+        if merged == 1:
+            return patches
+        return patches.view(-1, merged, *patches.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+
     def columns(self, x: Tensor, *, ones: bool) -> Tensor:
         """Gather the same of all images side by side, in one copy; of a convolution without groups.
 

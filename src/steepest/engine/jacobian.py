@@ -444,6 +444,6 @@ class Jacobian:
         found = {name: tensor for part in parts for name, tensor in part.items()}
         return {
             name: found[name] if name in found
-            else torch.zeros(*lead, *shape, dtype=self._dtype, device=self._device)
+            else torch.zeros((*lead, *shape), dtype=self._dtype, device=self._device)
             for name, shape in self._shapes.items()
         }  # fmt: skip

@@ -19,13 +19,26 @@ from steepest.engine.records import (
     factors_of,
 )
 from steepest.engine.tape import Slot, Tape, Use, function_name, refusal
+from steepest.linalg.factors import product
 from steepest.linalg.outer import outer
 
-__all__ = ["LinearRecord", "LinearUse", "cross_is_cheaper_factorized", "factorized_is_cheaper", "linear"]
+__all__ = [
+    "LinearRecord",
+    "LinearUse",
+    "cross_is_cheaper_factorized",
+    "factorized_is_cheaper",
+    "factorized_weight",
+    "linear",
+]
 
 # Measured by benchmarks/gram_forms.py: one multiply-add of the factorised form costs this many of the materialised
 # form's, which writes every per-sample gradient to memory and reads it back.
 _FACTORIZED_COST = 0.6
+
+
+def factorized_weight(operations: int) -> float:
+    """How many operations of the materialised form cost what so many of the factorised form do."""
+    return _FACTORIZED_COST * operations
 
 
 def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out: int) -> bool:
@@ -43,7 +56,7 @@ def factorized_is_cheaper(rows: int, shared: int, features_in: int, features_out
     """
     factorized = rows * rows * shared * shared * (features_in + features_out + 2)
     materialized = features_in * features_out * rows * (shared + rows)
-    return _FACTORIZED_COST * factorized < materialized
+    return factorized_weight(factorized) < materialized
 
 
 def cross_is_cheaper_factorized(
@@ -63,7 +76,7 @@ def cross_is_cheaper_factorized(
     factorized = rows[0] * rows[1] * shared[0] * shared[1] * (features_in + features_out + 2)
     formed = rows[0] * shared[0] + rows[1] * shared[1]
     materialized = features_in * features_out * (formed + rows[0] * rows[1])
-    return shared == (1, 1) or _FACTORIZED_COST * factorized < materialized
+    return shared == (1, 1) or factorized_weight(factorized) < materialized
 
 
 class LinearRecord(Record):
@@ -232,6 +245,13 @@ class LinearRecord(Record):
         if self._bias is not None:
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
         return (x.mean(1, keepdim=True), g.sum(1, keepdim=True)) if sharing == "reduce" else (x, g)
+
+    def whitened(self, input_root: Tensor, grad_root: Tensor) -> Record:
+        """Inputs and output gradients times the roots."""
+        if self._weight is None:
+            return self
+        x, g = self.positions("expand")
+        return LinearRecord(self._weight, None, product(x, input_root.to(x)), product(g, grad_root.to(g)))
 
     def summed(self) -> tuple[Tensor, ...]:
         """``G^T X``, and the sum of G."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steepest._typing import Sharing
-from steepest.linalg.factors import second_moment
+from steepest.linalg.factors import product, second_moment
 from steepest.linalg.outer import MeanOuter, add_outer, mirror_upper
 
 __all__ = [
@@ -101,8 +101,8 @@ class Record(ABC):
 
     def add_vjp_(self, targets: Mapping[str, Tensor], weights: Tensor, alphas: Mapping[str, float]) -> None:
         """Add ``alpha J^T w`` to tensors in place."""
-        for name, product in self.vjp(weights).items():
-            targets[name].add_(product, alpha=alphas[name])
+        for name, grad in self.vjp(weights).items():
+            targets[name].add_(grad, alpha=alphas[name])
 
     @abstractmethod
     def jvp(self, vector: Mapping[str, Tensor]) -> Tensor:
@@ -177,6 +177,10 @@ class Record(ABC):
     def concat_shared(self, other: Self) -> "Record | None":
         """Add a second use of the same parameters by the same rows; None where it cannot be."""
 
+    def rowwise(self) -> "Record":
+        """Return the same rows in the form that records of one row to a sample have."""
+        return self
+
     def materialize(self) -> "MaterializedRecord":
         """Return the same rows as explicit per-sample gradients."""
         return MaterializedRecord(self.per_sample_grads())
@@ -188,6 +192,24 @@ class Record(ABC):
     def positions(self, sharing: Sharing) -> tuple[Tensor, Tensor]:
         """Inputs ``[R, S, d_in (+ 1)]`` and output gradients ``[R, S, d_out]`` of a layer with Kronecker factors."""
         raise NotImplementedError(f"{type(self).__name__} has no Kronecker factors")
+
+    def whitened(self, input_root: Tensor, grad_root: Tensor) -> "Record":
+        """Change the coordinates of a layer's weight, its bias joined as a last column.
+
+        Args:
+            input_root: A, ``[d_in (+ 1), d_in (+ 1)]``.
+            grad_root: S, ``[d_out, d_out]``.
+
+        Returns:
+            Rows ``S^T G A`` in place of the gradients G ``[d_out, d_in (+ 1)]``, by the name of the weight alone, which
+            is the first of `names`.
+        """
+        weight, *bias = self.names
+        grads = self.per_sample_grads()
+        matrix = grads[weight].flatten(2)
+        if bias:
+            matrix = torch.cat([matrix, grads[bias[0]].unsqueeze(2)], 2)
+        return MaterializedRecord({weight: product(grad_root.to(matrix).mT, matrix, input_root.to(matrix))})
 
     def second_moment(self, grad_basis: Tensor, input_basis: Tensor) -> Tensor:
         """Mean square of the rows in the eigenbasis of A and S, ``[d_out, d_in (+ 1)]``."""
@@ -294,6 +316,10 @@ def join(records: Sequence[Record], *, rows: bool) -> Record:
         joined = first.concat_rows(others) if rows else first.concat_shared(others[0])
         if joined is not None:
             return joined if rows or len(others) == 1 else join([joined, *others[1:]], rows=False)
+    if rows:
+        single = [record.rowwise() for record in records]
+        if any(after is not before for after, before in zip(single, records, strict=True)):
+            return join(single, rows=True)
     made = [record.materialize() for record in records]
     return join(made, rows=rows)
 

@@ -76,7 +76,8 @@ class ReferenceCapture:
         """Differentiate the rows one by one.
 
         Args:
-            rows: ``[R]`` with graph, or a mapping of names to such tensors, stacked in their order.
+            rows: ``[R]`` or ``[B, K]`` with graph (ordered as by ``rows.flatten()``), or a mapping of names to such
+                tensors, stacked in their order.
 
         Returns:
             The Jacobian of the rows in the parameters.
@@ -89,7 +90,7 @@ class ReferenceCapture:
         self._ready = False
         blocks = check_rows(rows)
         params = list(self._params.values())
-        scalars = [value for block in blocks for value in block.unbind()]
+        scalars = [value for block in blocks for value in block.flatten().unbind()]
         grads = [
             torch.autograd.grad(value, params, retain_graph=True, allow_unused=True, materialize_grads=True)
             for value in scalars

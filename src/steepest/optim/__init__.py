@@ -3,10 +3,15 @@
 from steepest.linalg.kronecker import Cholesky, Eigenbasis, EigenbasisCorrected
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.fop import FOP, LayerDiagnostics
+from steepest.optim.ggn import ggn_rows
+from steepest.optim.gram import Solution
 from steepest.optim.kfac import KFAC, KFACDiagnostics
+from steepest.optim.leave_one_out import LeaveOneOut
+from steepest.optim.levenberg import LevenbergMarquardt
 from steepest.optim.lpsgd import LPSGD, LPSGDM, LPSGDDiagnostics
+from steepest.optim.metric import KroneckerMetric
 from steepest.optim.p_schedules import ConstantP, CosineAnnealingP, LinearAnnealingP
-from steepest.optim.solvers import Damped, RandomizedSVD, Solution, Solver, TruncatedEigh, TruncatedSVD
+from steepest.optim.solvers import Damped, RandomizedSVD, Solver, TruncatedEigh, TruncatedSVD
 from steepest.optim.sven import Sven, SvenDiagnostics
 
 __all__ = [
@@ -23,8 +28,11 @@ __all__ = [
     "Empirical",
     "Exact",
     "KFACDiagnostics",
+    "KroneckerMetric",
     "LPSGDDiagnostics",
     "LayerDiagnostics",
+    "LeaveOneOut",
+    "LevenbergMarquardt",
     "LinearAnnealingP",
     "MonteCarlo",
     "RandomizedSVD",
@@ -34,4 +42,5 @@ __all__ = [
     "SvenDiagnostics",
     "TruncatedEigh",
     "TruncatedSVD",
+    "ggn_rows",
 ]

@@ -1,7 +1,8 @@
 """How the conditions ``J d = R`` are solved: objects, so that an optimizer names its solver with all its settings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,43 +10,10 @@ from torch import Tensor
 from steepest._typing import Precision
 from steepest._validation import check_choice, check_integer, check_real
 from steepest.engine import Jacobian
-from steepest.linalg import damped_solve, range_finder, spectral_filter, symmetric_spectrum
+from steepest.linalg import damped_solve, range_finder, spectral_filter
+from steepest.optim.gram import FORMS, Form, Gram, Solution, unflatten
 
-__all__ = ["Damped", "RandomizedSVD", "Solution", "Solver", "TruncatedEigh", "TruncatedSVD"]
-
-Form = Literal["auto", "dual", "primal"]
-FORMS = ("auto", "dual", "primal")
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """What a solver found: a direction d, explicitly or as ``J^T w``.
-
-    Args:
-        jacobian: J.
-        rank: Number of singular directions used.
-        spectrum: Singular values of J, largest first, float64; None where the solver needs none.
-        noise_floor: Relative size below which singular values are rounding.
-        norm: Euclidean norm of d.
-        magnitude: Bound on every number that forming d meets.
-        weights: ``[R]``, w; None where d is explicit.
-        explicit: d for each parameter, by qualified name; None where it is ``J^T w``.
-    """
-
-    jacobian: Jacobian
-    rank: int
-    spectrum: Tensor | None
-    noise_floor: float
-    norm: float
-    magnitude: float
-    weights: Tensor | None = None
-    explicit: dict[str, Tensor] | None = None
-
-    def direction(self) -> dict[str, Tensor]:
-        """Return d for each parameter, by qualified name."""
-        if self.explicit is not None:
-            return self.explicit
-        return self.jacobian.vjp(cast("Tensor", self.weights))
+__all__ = ["AdaptiveSolver", "Damped", "RandomizedSVD", "Solver", "TruncatedEigh", "TruncatedSVD"]
 
 
 @runtime_checkable
@@ -54,6 +22,16 @@ class Solver(Protocol):
 
     def solve(self, jacobian: Jacobian, rhs: Tensor) -> Solution:
         """Solve ``J d = rhs`` in this solver's sense."""
+
+
+@runtime_checkable
+class AdaptiveSolver(Solver, Protocol):
+    """A solver that learns from step to step; what it learns is kept in the optimizer's state."""
+
+    def adapt(
+        self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, samples: Sequence[tuple[int, int]]
+    ) -> Solution:
+        """Solve as `solve` does, by the ``memory`` of the solution before; samples and rows of each, block by block."""
 
 
 def _check_truncation(solver: "TruncatedEigh | TruncatedSVD | RandomizedSVD") -> None:
@@ -172,74 +150,6 @@ class Damped:
         return gram.solve(damping=self.damping, scale=scale, exponent=self.exponent)
 
 
-class Gram:
-    """The smaller of ``J J^T`` (dual) and ``J^T J`` (primal), and the way from its space to a direction.
-
-    Args:
-        jacobian: J.
-        rhs: ``[R]``.
-        form: Which of the two.
-        precision: Precision of the products.
-
-    Attributes:
-        matrix: The Gram.
-        rhs: The right-hand side in the Gram's space.
-        noise_floor: Relative size below which singular values are rounding.
-    """
-
-    def __init__(self, jacobian: Jacobian, rhs: Tensor, form: Form, precision: Precision) -> None:
-        self._jacobian = jacobian
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        self._primal = form == "primal" or (form == "auto" and jacobian.num_rows > jacobian.num_parameters)
-        if self._primal:
-            self.matrix, self.rhs = jacobian.normal_equations(rhs, dtype)
-        else:
-            self.matrix, self.rhs = jacobian.gram(precision), rhs.to(dtype)
-        self.noise_floor = max(torch.finfo(dtype).eps ** 0.5, 32 * torch.finfo(jacobian.dtype).eps)
-
-    def solution(self, solved: Tensor, rank: int, spectrum: Tensor | None) -> Solution:
-        """Wrap a solution in the Gram's space."""
-        if self._primal:
-            norm = float(torch.linalg.vector_norm(solved))
-            explicit = unflatten(solved, self._jacobian)
-            return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, norm, explicit=explicit)
-        norm = float((solved @ (self.matrix @ solved)).clamp(min=0).sqrt())  # |J^T w|, without forming it
-        magnitude = float(solved.abs().amax() * self.matrix.diagonal().amax().sqrt())
-        return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, magnitude, weights=solved)
-
-    def solve(
-        self,
-        *,
-        rank: int | None = None,
-        rtol: float = 0.0,
-        damping: float = 0.0,
-        scale: Tensor | None = None,
-        exponent: float = 1.0,
-    ) -> Solution:
-        """Filter the spectrum.
-
-        Args:
-            rank: How many directions to keep at most.
-            rtol: Relative truncation.
-            damping: Relative damping.
-            scale: What ``damping`` is relative to; the largest eigenvalue by default.
-            exponent: Spectral exponent.
-
-        Returns:
-            The direction with the spectrum.
-        """
-        spectrum = symmetric_spectrum(self.matrix)
-        values, vectors = spectrum.values, spectrum.vectors
-        absolute = damping * (values[0].square() if scale is None else scale)
-        # Below this the eigenvalues of the Gram are rounding, whatever rtol says.
-        floor = (len(values) * torch.finfo(values.dtype).eps) ** 0.5 if damping == 0 else 0.0
-        inverse, kept = spectral_filter(values, rank=rank, rtol=rtol, damping=absolute, exponent=exponent, floor=floor)
-        # Both forms apply f(s) / s to the projected right-hand side: J^T U (f / s) U^T R = V (f / s) V^T J^T R.
-        weights = torch.where(inverse > 0, inverse / values, 0)
-        solved = vectors @ (weights * (vectors.T @ self.rhs))
-        return self.solution(solved, kept, values.double())
-
-
 @dataclass(frozen=True)
 class TruncatedSVD:
     """Truncated pseudo-inverse by the singular value decomposition of J itself (arXiv 2604.01279, the paper's form).
@@ -347,18 +257,3 @@ def _from_svd(
     explicit = unflatten(coefficients @ right, jacobian)
     noise_floor = max(floor, 32 * torch.finfo(jacobian.dtype).eps)
     return Solution(jacobian, kept, values.double(), noise_floor, norm, norm, explicit=explicit)
-
-
-def unflatten(vector: Tensor, jacobian: Jacobian) -> dict[str, Tensor]:
-    """Cut a vector of parameter space into tensors, in the order of `Jacobian.to_dense`.
-
-    Args:
-        vector: ``[P]``.
-        jacobian: Whose parameters.
-
-    Returns:
-        A tensor of the parameter's shape for each name, in the Jacobian's dtype.
-    """
-    shapes = jacobian.shapes
-    parts = vector.to(jacobian.dtype).split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -1,6 +1,7 @@
 """A step of Sven on several processes: one system of all their conditions, one solution for all."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -13,8 +14,8 @@ from steepest.distributed.ranks import Ranks
 from steepest.distributed.records import Layout, align, layout
 from steepest.engine import Jacobian, Rows
 from steepest.errors import InvalidOptionError
-from steepest.optim.rows import RowKind
-from steepest.optim.solvers import Solution
+from steepest.optim.gram import Solution
+from steepest.optim.rows import RowKind, check_weights
 
 __all__ = ["Conditions", "decide", "fingerprints", "share", "solver_name"]
 
@@ -29,11 +30,13 @@ class Conditions:
         output: What it returned.
         jacobian: Jacobian of its rows.
         rhs: ``[R]``, the rows.
+        samples: Number of samples and rows of each, block by block.
     """
 
     output: Rows
     jacobian: Jacobian
     rhs: Tensor
+    samples: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class _Report:
     prints: dict[str, object] | None
     blocks: dict[str | None, tuple[float, int]]  # sum of losses and their number
     rows: int
+    samples: list[tuple[int, int]]
     layout: Layout
 
 
@@ -53,7 +57,8 @@ def share(
     kind: RowKind,
     settings: Mapping[str, object],
     prints: Callable[[], dict[str, object]] | None,
-) -> tuple[Jacobian, Tensor, Tensor]:
+    weights: Mapping[str, float],
+) -> tuple[Jacobian, Tensor, Tensor, list[tuple[int, int]]]:
     """Compute this rank's conditions and join those of all: rank 0's rows first, each rank's blocks in their order.
 
     Args:
@@ -62,9 +67,11 @@ def share(
         kind: What it returns.
         settings: What must be the same on all ranks.
         prints: Gives `fingerprints` where the parameters are to be compared.
+        weights: Of named blocks, each of which some rank must have.
 
     Returns:
-        The Jacobian of all rows, all rows, and the mean loss of all samples, summed over blocks.
+        The Jacobian of all rows, all rows, the mean loss of all samples, summed over blocks, and the numbers of samples
+        and rows of each.
 
     Raises:
         InvalidOptionError: If settings or parameters differ between ranks.
@@ -81,6 +88,7 @@ def share(
     check_alike("Sven", [one.settings for one in told], ALIKE)
     if all(one.prints is not None for one in told):
         _check_start([one.prints or {} for one in told])
+    check_weights(weights, [name for one in told for name in one.blocks])
     found = cast("Conditions", found)  # else told above
     local = found.jacobian
     if len({one.layout for one in told}) > 1:
@@ -91,7 +99,8 @@ def share(
         tell(ranks, None, failure)
     rows = torch.cat(ranks.gather(found.rhs))
     loss = torch.tensor(_mean([one.blocks for one in told]), dtype=rows.dtype, device=rows.device)
-    return SpreadJacobian(local, ranks, [one.rows for one in told]), rows, loss
+    samples = [pair for one in told for pair in one.samples]
+    return SpreadJacobian(local, ranks, [one.rows for one in told]), rows, loss, samples
 
 
 def _report(
@@ -115,6 +124,7 @@ def _report(
         None if prints is None else prints(),
         {name: (total, len(block)) for (name, block), total in zip(blocks.items(), sums, strict=True)},
         found.jacobian.num_rows,
+        found.samples,
         layout(found.jacobian),
     )
 
@@ -186,20 +196,25 @@ def decide(ranks: Ranks, jacobian: Jacobian, solve: Callable[[], tuple[Solution,
     """
     failure: Exception | None = None
     mine: Solution | None = None
-    told = torch.zeros(8, dtype=torch.float64, device=jacobian.device)
+    told = torch.zeros(11, dtype=torch.float64, device=jacobian.device)
     try:
         mine, scale = solve()
         length = -1 if mine.spectrum is None else len(mine.spectrum)
-        numbers = (1.0, mine.rank, mine.noise_floor, mine.norm, mine.magnitude, scale, length, mine.weights is None)
+        learnt = -1 if mine.memory is None else len(mine.memory)
+        damping = float("nan") if mine.damping is None else mine.damping
+        numbers = (
+            1.0, mine.rank, mine.noise_floor, mine.norm, mine.magnitude, scale, length, mine.weights is None, mine.step,
+            damping, learnt,
+        )  # fmt: skip
         told = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=jacobian.device)
     except Exception as error:
         failure = error
     ranks.broadcast_([told], source=0)
-    solved, rank, noise_floor, norm, magnitude, factor, length, explicit = told.tolist()
+    solved, rank, noise_floor, norm, magnitude, factor, length, explicit, step, damping, learnt = told.tolist()
     if not solved:
         fail_together(ranks, failure)
     source = mine if ranks.rank == 0 else None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"step": step, "damping": None if math.isnan(damping) else damping}
     if explicit:
         options["explicit"] = _explicit(jacobian, source)
         ranks.broadcast_(list(options["explicit"].values()), source=0)
@@ -210,6 +225,9 @@ def decide(ranks: Ranks, jacobian: Jacobian, solve: Callable[[], tuple[Solution,
     if length >= 0:
         spectrum = _vector(int(length), jacobian, source.spectrum if source else None)
         ranks.broadcast_([spectrum], source=0)
+    if learnt >= 0:
+        options["memory"] = _vector(int(learnt), jacobian, source.memory if source else None)
+        ranks.broadcast_([options["memory"]], source=0)
     return Solution(jacobian, int(rank), spectrum, noise_floor, norm, magnitude, **options), factor
 
 

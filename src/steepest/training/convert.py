@@ -36,8 +36,8 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 def dataclasses_of(annotation: Any) -> dict[str, Any]:
     """Dataclasses that an annotation allows, by name.
 
-    For a runtime-checkable protocol or an abstract class these are the dataclasses of its own module that follow it,
-    so that a new solver beside the others can be named at once.
+    For a runtime-checkable protocol or an abstract class these are the dataclasses that follow it, in its own module
+    and in the package around that, so that a new solver beside the others can be named at once.
 
     Args:
         annotation: Any annotation.
@@ -50,7 +50,8 @@ def dataclasses_of(annotation: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             found[getattr(kind, "__name__", str(kind))] = kind
         elif getattr(kind, "_is_runtime_protocol", False) or inspect.isabstract(kind):
-            members = vars(sys.modules[kind.__module__])
+            package = sys.modules.get(kind.__module__.rpartition(".")[0])
+            members = vars(sys.modules[kind.__module__]) | ({} if package is None else vars(package))
             found |= {
                 name: member
                 for name, member in members.items()

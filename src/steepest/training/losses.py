@@ -5,8 +5,6 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from steepest.errors import InvalidOptionError
-
 __all__ = ["CrossEntropy", "LabelRegression", "Loss", "SquaredError"]
 
 
@@ -23,7 +21,7 @@ class Loss(Protocol):
         ...
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Signed residuals whose squares sum to the loss, one row per output component."""
+        """Signed residuals whose squares sum to the loss, `[B]` or `[B, K]`; or rows that stand in for them."""
         ...
 
 
@@ -45,20 +43,18 @@ class CrossEntropy:
         return F.cross_entropy(outputs, targets, reduction="none")
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Refuse: cross-entropy is no sum of squares.
+        """Rows of the generalised Gauss-Newton matrix, as cross-entropy is no sum of squares.
 
         Args:
             outputs: Scores `[B, C]`.
             targets: Class numbers `[B]`.
 
-        Raises:
-            InvalidOptionError: Always.
+        Returns:
+            `[B, C]`, see `steepest.ggn_rows`: a step by them is a Gauss-Newton step of the cross-entropy.
         """
-        del outputs, targets
-        raise InvalidOptionError(
-            "rows='residuals' was asked for with a cross-entropy loss: it is no sum of squares and has no "
-            "residuals; use rows='losses' or a regression task"
-        )
+        from steepest.optim.ggn import ggn_rows
+
+        return ggn_rows(outputs, targets)
 
 
 class SquaredError:
@@ -86,9 +82,10 @@ class SquaredError:
             targets: `[B, K]`.
 
         Returns:
-            `[B * K]`, sample by sample.
+            `[B, K]`; of one output `[B]`.
         """
-        return (outputs - targets).flatten()
+        residuals = (outputs - targets).flatten(start_dim=1)
+        return residuals.squeeze(1)
 
 
 class LabelRegression:
@@ -116,9 +113,9 @@ class LabelRegression:
             targets: Class numbers `[B]`.
 
         Returns:
-            `[B * C]`, sample by sample.
+            `[B, C]`.
         """
-        return _from_onehot(outputs, targets).flatten()
+        return _from_onehot(outputs, targets)
 
 
 def _from_onehot(outputs: Tensor, targets: Tensor) -> Tensor:

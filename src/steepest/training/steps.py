@@ -108,6 +108,9 @@ def residuals_step(
 ) -> Tensor | None:
     """A closure that returns signed residuals, without `backward` (Sven with rows of residuals).
 
+    The mean of their squares is not the loss where they stand in for it, as in cross-entropy: the loss is that of the
+    closure's first call. On several processes it is the mean over the samples of all of them.
+
     Args:
         optimizer: An optimizer of steepest.
         model: The model.
@@ -118,7 +121,22 @@ def residuals_step(
     Returns:
         The mean loss before the step; None if the optimizer skipped the step.
     """
-    return _rows_step(optimizer, lambda: loss.residuals(model(inputs), targets))
+    first: list[Tensor] = []
+
+    def closure() -> Tensor:
+        outputs = model(inputs)
+        if not first:
+            with torch.no_grad():
+                first.append(loss.per_sample(outputs, targets))
+        return loss.residuals(outputs, targets)
+
+    if _rows_step(optimizer, closure) is None:
+        return None
+    total = torch.stack([first[0].sum(), first[0].new_tensor(len(first[0]))])
+    ranks = Ranks.current()
+    if ranks is not None:
+        ranks.sum_([total])
+    return total[0] / total[1]
 
 
 def _rows_step(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> Tensor | None:

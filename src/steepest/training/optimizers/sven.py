@@ -9,7 +9,7 @@ from steepest.training.steps import StepFunction, losses_step, residuals_step
 
 # Enough to see the shape of a spectrum; a large batch has thousands of singular values in every epoch.
 _SPECTRUM_POINTS = 64
-_REPORTED = ("rows", "rank", "update_norm", "noise_floor", "clipped", "num_clipped")
+_REPORTED = ("rows", "rank", "update_norm", "noise_floor", "clipped", "num_clipped", "damping", "length", "accepted")
 
 
 def _constructor() -> Callable[..., torch.optim.Optimizer]:
@@ -44,7 +44,7 @@ ENTRIES = [
         takes="model",
         step=_step,
         lr_range=(1e-2, 1.0),
-        # Noisy data punish an undamped solution; signed residuals are the better rows wherever there are any.
+        # What the tasks' stored learning rates were tuned with; the constructor's own defaults need no rate.
         kind_options={
             "classification": {"solver": {"type": "Damped", "damping": 0.1}},
             "regression": {"rows": "residuals", "solver": {"type": "Damped", "damping": 0.1}},

@@ -1,0 +1,218 @@
+"""Levenberg-Marquardt: steps that are tried out, and a damping that follows from how they went."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steepest._validation import check_integer, check_real
+from steepest.engine import Jacobian
+from steepest.errors import NonFiniteError
+from steepest.optim.gram import Solution, flatten, unflatten
+
+__all__ = ["LevenbergMarquardt", "search"]
+
+_PROBE = 0.1  # share of a direction at which the rows' curvature along it is measured
+_LEAST, _MOST = 1e-24, 1e10  # of a damping that the next step begins with
+_LARGEST_CURVATURE = 0.75  # of an acceleration that is believed, 2 |a| / |d|
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    r"""Damped conditions with steps that are accepted only if they lower the sum of squares.
+
+    .. math:: d = (J^T J + \lambda D)^{-1} J^T R, \qquad \theta \leftarrow \theta - \eta\,(d + \tfrac12 a), \qquad
+        a = (J^T J + \lambda D)^{-1} J^T R''_{dd}
+
+    After a step the closure is called again. If the sum of squares of the rows fell, the step stays and lambda is
+    multiplied with ``decrease``; if not, the parameters go back, lambda is multiplied with ``increase``, and the same
+    conditions are solved again. D is the running maximum of the diagonal of ``J^T J`` (Marquardt's scaling), or the
+    mean eigenvalue of ``J J^T`` times the identity. a corrects for the curvature of the rows along d (geodesic
+    acceleration), found by one more forward pass; it is left out where it is no small correction.
+
+    For closures that give the same rows at the same parameters: a fixed set of conditions. On changing batches every
+    batch would accept what suits itself; `LeaveOneOut` is for those. With more than ``max_primal`` parameters the
+    system is solved in dual form, R x R, without the scaling; ``J^T J`` has P^2 numbers in float64.
+
+    Args:
+        damping: First lambda.
+        increase: Factor after a rejected step.
+        decrease: Factor after an accepted step.
+        acceleration: Whether to correct for curvature.
+        max_primal: Largest number of parameters P for the primal form, where it is not larger than R anyway.
+        max_trials: Steps that are tried before a step leaves the parameters as they were.
+
+    Raises:
+        InvalidOptionError: If an option is impossible.
+
+    References:
+        Marquardt, SIAM J. Appl. Math. 11, 1963, pages 431 to 441; acceleration: Transtrum and Sethna, arXiv 1201.5885,
+        section 4.
+
+    Example:
+        >>> import torch, steepest as st
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+        >>> x = torch.linspace(-1, 1, 64, dtype=torch.float64).unsqueeze(1)
+        >>> opt = st.Sven(model, rows="residuals", solver=st.LevenbergMarquardt())
+        >>> for _ in range(40):
+        ...     loss = opt.step(lambda: (model(x) - torch.sin(3 * x)).squeeze(1))
+        >>> bool(loss < 1e-8)
+        True
+    """
+
+    damping: float = 1e-2
+    increase: float = 2.0
+    decrease: float = 1 / 3
+    acceleration: bool = True
+    max_primal: int = 4096
+    max_trials: int = 20
+
+    def __post_init__(self) -> None:
+        check_real("damping", self.damping, low=0, open_low=True)
+        check_real("increase", self.increase, low=1, open_low=True)
+        check_real("decrease", self.decrease, low=0, high=1, open_low=True)
+        check_integer("max_primal", self.max_primal, low=0)
+        check_integer("max_trials", self.max_trials, low=1)
+
+    def solve(self, jacobian: Jacobian, rhs: Tensor) -> Solution:
+        """Solve with the first damping.
+
+        Args:
+            jacobian: J, R rows.
+            rhs: ``[R]``.
+
+        Returns:
+            The direction, untried.
+        """
+        system = _Damped(self, jacobian, None)
+        system.damp(self.damping)
+        return system.solution(system.solved(rhs))
+
+
+class Trial(Protocol):
+    """What steps are tried with."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows before any step."""
+
+    @property
+    def before(self) -> float:
+        """The sum of their squares."""
+
+    def __call__(self, solution: Solution, length: float, /) -> float:
+        """Move along a share of a direction; returns the sum of squares, and moves back if it has not fallen."""
+
+    def rows_at(self, solution: Solution, length: float, /) -> Tensor:
+        """The rows at a share of a direction, whatever the learning rate."""
+
+
+class _Damped:
+    """``J^T J + lambda D``, or the same in dual form with D a multiple of the identity."""
+
+    def __init__(self, solver: LevenbergMarquardt, jacobian: Jacobian, scale: Tensor | None) -> None:
+        self._jacobian = jacobian
+        count = jacobian.num_parameters
+        self._primal = count <= jacobian.num_rows or count <= solver.max_primal
+        if self._primal:
+            self._dense = jacobian.to_dense(torch.float64)
+            self._matrix = self._dense.T @ self._dense
+            diagonal = self._matrix.diagonal().clone()
+            self.scale = diagonal if scale is None else torch.maximum(scale.to(diagonal), diagonal)
+        else:
+            self._matrix = jacobian.gram()
+            self.scale = self._matrix.diagonal().mean().expand(1)
+        if not bool(self._matrix.isfinite().all()):
+            raise NonFiniteError(
+                "The products of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
+                "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
+                "derivative is infinite, such as a root at zero."
+            )
+        # Parameters that no row depends on have no scale: any will do.
+        self._added = torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
+        self._factor = self._matrix
+
+    def damp(self, damping: float) -> bool:
+        """Factorise with a damping.
+
+        Returns:
+            Whether it could be: rounding makes the matrix indefinite where the damping is too small.
+        """
+        damped = self._matrix.clone()
+        damped.diagonal().add_(damping * self._added)
+        self._factor, failed = torch.linalg.cholesky_ex(damped)
+        return not bool(failed)
+
+    def solved(self, rhs: Tensor) -> Tensor:
+        """d, flat, for rows ``[R]``."""
+        rhs = rhs.double()
+        if self._primal:
+            return torch.cholesky_solve((self._dense.T @ rhs).unsqueeze(1), self._factor).squeeze(1)
+        weights = torch.cholesky_solve(rhs.unsqueeze(1), self._factor).squeeze(1)
+        return flatten(self._jacobian.vjp(weights), self._jacobian).double()
+
+    def moved(self, flat: Tensor) -> Tensor:
+        """``J d``."""
+        if self._primal:
+            return self._dense @ flat
+        return self._jacobian.jvp(unflatten(flat, self._jacobian)).double()
+
+    def solution(self, flat: Tensor) -> Solution:
+        """Wrap a direction."""
+        norm = float(torch.linalg.vector_norm(flat))
+        explicit = unflatten(flat, self._jacobian)
+        floor = 32 * torch.finfo(self._jacobian.dtype).eps
+        rank = min(self._jacobian.num_rows, len(flat))
+        return Solution(self._jacobian, rank, None, floor, norm, norm, explicit=explicit)
+
+
+def search(
+    solver: LevenbergMarquardt, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial
+) -> tuple[Solution, bool]:
+    """Try steps until one lowers the sum of squares.
+
+    Args:
+        solver: The settings.
+        jacobian: J, R rows.
+        rhs: ``[R]``.
+        memory: ``memory`` of the solution before, None at the first: the damping, then the scale.
+        trial: How to try a step.
+
+    Returns:
+        The last direction that was tried, with the new memory, and whether it was accepted.
+    """
+    damping = solver.damping if memory is None else float(memory[0])
+    system = _Damped(solver, jacobian, None if memory is None else memory[1:])
+    nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
+    solution, accepted, used = system.solution(nothing), False, damping
+    for _ in range(solver.max_trials):
+        used = damping
+        if not system.damp(damping):
+            damping *= 10
+            continue
+        flat = system.solved(rhs)
+        if solver.acceleration:
+            flat = _accelerated(system, flat, rhs, trial)
+        solution = system.solution(flat)
+        accepted = trial(solution, 1.0) < trial.before
+        damping *= solver.decrease if accepted else solver.increase
+        if accepted:
+            break
+    if not accepted and damping > _MOST:
+        damping = solver.damping  # nothing helps here; whoever changes the conditions finds the usual start
+    learnt = torch.cat([system.scale.new_tensor([max(damping, _LEAST)]), system.scale])
+    return replace(solution, damping=used, memory=learnt), accepted
+
+
+def _accelerated(system: _Damped, flat: Tensor, rhs: Tensor, trial: Trial) -> Tensor:
+    """``d + a / 2``, from the second derivative of the rows along d."""
+    start, rows = trial.rows.to(flat), trial.rows_at(system.solution(flat), _PROBE).to(flat)
+    moved = system.moved(flat) + (start - rhs.double())  # what momentum adds to d has moved the right-hand side
+    curvature = (2 / _PROBE) * ((rows - start) / _PROBE + moved)
+    if not bool(curvature.isfinite().all()):
+        return flat
+    change = system.solved(curvature)
+    small = 2 * torch.linalg.vector_norm(change) < _LARGEST_CURVATURE * torch.linalg.vector_norm(flat)
+    return flat + change / 2 if bool(small) else flat

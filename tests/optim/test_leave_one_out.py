@@ -1,0 +1,451 @@
+"""Leave-one-out against really leaving out, and steps that are tried before they are taken."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from torch import Tensor, nn
+
+import steepest as st
+from optim.sven_runs import (
+    DOUBLE,
+    counted,
+    data,
+    dense_jacobian,
+    flat,
+    mlp,
+    residuals,
+    same,
+    seen,
+    snapshot,
+    state_of,
+    unchanged,
+)
+from steepest.engine import Jacobian
+from steepest.engine.records import MaterializedRecord
+from steepest.linalg import symmetric_spectrum
+from steepest.optim.gram import Solution
+from steepest.optim.leave_one_out import left_out, verified
+
+LAMBDAS = torch.tensor([1e-6, 1e-2, 1.0, 1e4], dtype=DOUBLE)
+
+
+def system(samples: list[tuple[int, int]], parameters: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(count * size for count, size in samples)
+    matrix = torch.randn(rows, parameters, generator=generator, dtype=DOUBLE)
+    return matrix, torch.randn(rows, generator=generator, dtype=DOUBLE)
+
+
+def slowly(matrix: Tensor, rhs: Tensor, damping: float, samples: list[tuple[int, int]]) -> Tensor:
+    """Solve for every sample by the conditions of all others, and see what is left of its own."""
+    left, start = [], 0
+    for count, size in samples:
+        for _ in range(count):
+            own = torch.zeros(len(rhs), dtype=torch.bool)
+            own[start : start + size] = True
+            start += size
+            others = matrix[~own]
+            damped = others.T @ others + damping * torch.eye(matrix.shape[1], dtype=DOUBLE)
+            left.append(rhs[own] - matrix[own] @ torch.linalg.solve(damped, others.T @ rhs[~own]))
+    return torch.cat(left)
+
+
+def closed_form(matrix: Tensor, rhs: Tensor, dampings: Tensor, samples: list[tuple[int, int]]) -> Tensor:
+    spectrum = symmetric_spectrum(matrix @ matrix.T)
+    return left_out(spectrum.values.square(), spectrum.vectors, rhs, dampings, samples)
+
+
+def jacobian_of(matrix: Tensor) -> Jacobian:
+    record = MaterializedRecord({"w": matrix})
+    return Jacobian([record], dict(record.shapes), len(matrix), 1 << 20, matrix.device, matrix.dtype)
+
+
+@given(
+    samples=some.lists(some.tuples(some.integers(1, 4), some.integers(1, 3)), min_size=1, max_size=3),
+    parameters=some.integers(2, 16),
+    seed=some.integers(0, 99),
+)
+def test_what_is_left_is_what_solving_without_the_sample_leaves(
+    samples: list[tuple[int, int]], parameters: int, seed: int
+) -> None:
+    """Several rows of a sample, several blocks, fewer and more rows than parameters, every damping."""
+    matrix, rhs = system(samples, parameters, seed)
+    found = closed_form(matrix, rhs, LAMBDAS[1:], samples)
+    for damping, left in zip(LAMBDAS[1:].tolist(), found, strict=True):
+        torch.testing.assert_close(left, slowly(matrix, rhs, damping, samples), rtol=1e-7, atol=1e-8)
+
+
+def test_a_tiny_damping_is_exact_too_where_the_rows_are_independent() -> None:
+    samples = [(5, 1), (2, 2)]
+    matrix, rhs = system(samples, 20, 0)
+    found = closed_form(matrix, rhs, LAMBDAS[:1], samples)[0]
+    torch.testing.assert_close(found, slowly(matrix, rhs, 1e-6, samples), rtol=1e-6, atol=1e-7)
+
+
+def by_definition(
+    solver: st.LeaveOneOut, matrix: Tensor, rhs: Tensor, memory: Tensor | None, samples: list[tuple[int, int]]
+) -> dict[str, Any]:
+    """Damping, length, direction and memory, every solution without a sample made for itself."""
+    smallest = max(solver.smallest, 1e-8) if any(size > 1 for _, size in samples) else solver.smallest
+    decades = torch.log10(torch.tensor([smallest, solver.largest], dtype=DOUBLE)).round(decimals=9).tolist()
+    relative = [10 ** (decades[0] + half / 2) for half in range(round(2 * (decades[1] - decades[0])) + 1)]
+    mean = float((matrix @ matrix.T).trace()) / len(rhs)
+    predicted = [rhs - slowly(matrix, rhs, r * mean, samples) for r in relative]
+    worth = torch.stack([torch.stack([p @ rhs, p @ p]) / (rhs @ rhs) for p in predicted], 1)
+    floor = solver.smallest
+    if memory is not None:
+        worth = solver.decay * memory[:-2].view(2, -1) + (1 - solver.decay) * worth
+        floor = float(memory[-2])
+    gains = []
+    for r, (a, b) in zip(relative, worth.T.tolist(), strict=True):
+        eta = min(max(a / b, 0.0), 1.0)
+        gains.append(eta * (2 * a - eta * b) if r > 0.99 * floor else -1)
+    near = [index for index, gain in enumerate(gains) if gain >= (1 - solver.slack) * max(gains)]
+    best = near[-1] if max(gains) > 0 else gains.index(0)
+    length = min(max(float(worth[0, best] / worth[1, best]), 0.0), 1.0)
+    damping = relative[best] * mean
+    solved = torch.linalg.solve(matrix @ matrix.T + damping * torch.eye(len(rhs), dtype=DOUBLE), rhs)
+    learnt = torch.cat([worth.flatten(), torch.tensor([floor, relative[best]], dtype=DOUBLE)])
+    return {"damping": damping, "step": length**solver.caution, "direction": matrix.T @ solved, "memory": learnt}
+
+
+@pytest.mark.parametrize("samples", [[(7, 1)], [(3, 1), (2, 2)], [(12, 1)]], ids=["wide", "several rows", "tall"])
+@pytest.mark.parametrize(("caution", "slack"), [(0.0, 0.3), (0.25, 0.0), (1.0, 0.1)])
+def test_damping_and_length_follow_the_definition(samples: list[tuple[int, int]], caution: float, slack: float) -> None:
+    solver = st.LeaveOneOut(caution=caution, slack=slack, decay=0.6, smallest=1e-5, largest=1e2)
+    memory: Tensor | None = None
+    for batch in range(4):
+        matrix, _ = system(samples, 9, batch)
+        truth = torch.linspace(-1, 1, 9, dtype=DOUBLE)
+        rhs = matrix @ truth + system(samples, 9, 50 + batch)[1] * 0.3
+        want = by_definition(solver, matrix, rhs, memory, samples)
+        solution = solver.adapt(jacobian_of(matrix), rhs, memory, samples)
+        assert solution.damping == pytest.approx(want["damping"], rel=1e-9)
+        assert solution.step == pytest.approx(want["step"], rel=1e-6)
+        torch.testing.assert_close(solution.direction()["w"], want["direction"], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(solution.memory, want["memory"], rtol=1e-6, atol=1e-8)
+        assert 0 < solution.step <= 1
+        memory = solution.memory
+
+
+def test_solve_is_adapt_without_a_past() -> None:
+    matrix, rhs = system([(6, 1)], 9, 3)
+    alone = st.LeaveOneOut().solve(jacobian_of(matrix), rhs)
+    first = st.LeaveOneOut().adapt(jacobian_of(matrix), rhs, None, [(6, 1)])
+    assert same(alone.direction(), first.direction())
+    assert alone.step == first.step
+
+
+def test_smaller_dampings_than_the_floor_are_not_taken_and_the_largest_always_may_be() -> None:
+    solver, (matrix, _) = st.LeaveOneOut(decay=0.999, largest=1e3), system([(6, 1)], 40, 1)
+    rhs = matrix @ torch.ones(40, dtype=DOUBLE)
+    mean = float((matrix @ matrix.T).trace()) / 6
+    free = solver.solve(jacobian_of(matrix), rhs)
+    assert free.memory is not None
+    for floor, taken in ((1e-1, 1e-1), (1e9, 1e3)):
+        memory = torch.cat([free.memory[:-2], torch.tensor([floor, 1.0], dtype=DOUBLE)])
+        held = solver.adapt(jacobian_of(matrix), rhs, memory, [(6, 1)])
+        assert held.damping is not None
+        assert held.damping >= 0.999 * taken * mean
+        assert held.memory is not None
+        assert held.memory[-2] == floor
+
+
+def test_a_memory_of_another_grid_is_begun_anew() -> None:
+    """Rows of one output after rows of several, or a state of other options: their running means say nothing."""
+    matrix, rhs = system([(6, 1)], 9, 3)
+    solver = st.LeaveOneOut()
+    several = solver.adapt(jacobian_of(matrix), rhs, None, [(3, 2)])
+    single = solver.adapt(jacobian_of(matrix), rhs, several.memory, [(6, 1)])
+    fresh = solver.adapt(jacobian_of(matrix), rhs, None, [(6, 1)])
+    assert single.memory is not None
+    assert fresh.memory is not None
+    assert torch.equal(single.memory[:-2], fresh.memory[:-2])
+
+
+@pytest.mark.parametrize("zero", ["jacobian", "rows", "both"])
+def test_conditions_that_say_nothing_move_nothing(zero: str) -> None:
+    matrix, rhs = system([(4, 1)], 5, 0)
+    matrix, rhs = matrix * (zero == "rows"), rhs * (zero == "jacobian")
+    solution = st.LeaveOneOut().solve(jacobian_of(matrix), rhs)
+    moved = solution.direction()["w"] * solution.step
+    assert torch.equal(moved, torch.zeros_like(moved))
+    assert solution.memory is not None
+    assert solution.memory.isfinite().all()
+
+
+# ---- steps that are tried
+
+
+def untried(floor: float = 1e-14, used: float = 1e-3, step: float = 0.8) -> Solution:
+    memory = torch.tensor([0.5, 0.5, floor, used], dtype=DOUBLE)
+    jacobian = jacobian_of(torch.ones(1, 1, dtype=DOUBLE))
+    return Solution(jacobian, 1, None, 0.0, 1.0, 1.0, weights=torch.ones(1), step=step, memory=memory)
+
+
+@pytest.mark.parametrize("halvings", range(6))
+def test_a_step_is_halved_up_to_four_times_and_then_given_up(halvings: int) -> None:
+    lengths: list[float] = []
+
+    def attempt(_: Solution, length: float) -> float:
+        lengths.append(length)
+        return 1.0 if len(lengths) <= halvings else 0.999
+
+    solution, accepted = verified(untried(), 1.0, attempt)
+    assert lengths == [0.8 / 2**k for k in range(min(halvings, 4) + 1)]
+    assert accepted == (halvings <= 4)
+    assert solution.step == (lengths[-1] if accepted else 0)
+    assert solution.memory is not None
+    assert float(solution.memory[-2]) == pytest.approx(1e-3 * 10 ** min(halvings, 4) if halvings else 5e-15)
+    assert solution.memory[:2].tolist() == [0.5, 0.5]
+
+
+def test_the_floor_never_falls_by_a_halving_and_falls_by_two_without_one() -> None:
+    held, _ = verified(untried(floor=10.0), 1.0, lambda _, length: 2.0 if length > 0.5 else 0.5)
+    assert held.memory is not None
+    assert float(held.memory[-2]) == 10.0
+    free, _ = verified(untried(floor=10.0), 1.0, lambda *_: 0.5)
+    assert free.memory is not None
+    assert float(free.memory[-2]) == 5.0
+
+
+@pytest.mark.parametrize(("step", "before"), [(0.0, 1.0), (0.8, 0.0)], ids=["of no length", "of a fitted batch"])
+def test_a_step_that_can_gain_nothing_is_not_tried_and_raises_no_floor(step: float, before: float) -> None:
+    def attempt(*_: Any) -> float:
+        raise AssertionError
+
+    solution, accepted = verified(untried(step=step, floor=1.0), before, attempt)
+    assert not accepted
+    assert solution.step == 0
+    assert solution.memory is not None
+    assert float(solution.memory[-2]) == 0.5
+
+
+def residual_problem(**options: Any) -> tuple[nn.Module, st.Sven, Any]:
+    model, (x, y) = mlp(), data(12)
+    opt = st.Sven(model, rows="residuals", **options)
+    return model, opt, lambda: residuals(model, x, y + 2)
+
+
+def test_a_step_that_does_not_help_leaves_the_parameters_as_they_were() -> None:
+    model, opt, closure = residual_problem(solver=st.LeaveOneOut(slack=0.0, largest=1e3))
+    opt.step(closure)
+    before, used = snapshot(model), float(state_of(opt)["state"][0]["solver"][-1])
+    opt.step(counted(closure, lambda n, rows: rows if n == 0 else 100 + rows))
+    assert unchanged(model, before)
+    assert not seen(opt).accepted
+    assert seen(opt).length == 0
+    memory = opt.state_dict()["state"][0]
+    assert memory["step"] == 2
+    assert float(memory["solver"][-2]) == pytest.approx(1e4 * float(memory["solver"][-1]))
+    opt.step(closure)
+    later = float(opt.state_dict()["state"][0]["solver"][-1])
+    assert later >= min(1e3, 0.99e4 * float(memory["solver"][-1])) > used  # the next one takes a larger damping
+    assert seen(opt).accepted
+
+
+def test_a_step_is_shortened_until_the_batch_gains() -> None:
+    model, opt, closure = residual_problem()
+    twin, other, again = residual_problem(solver=st.LeaveOneOut(verify=False), metric=st.KroneckerMetric())
+    opt.step(counted(closure, lambda n, rows: rows if n in {0, 3} else 100 + rows))
+    start = flat(twin)
+    other.step(again)
+    assert seen(opt).accepted
+    assert seen(opt).length == seen(other).length / 4
+    torch.testing.assert_close(flat(model) - start, (flat(twin) - start) / 4, rtol=1e-10, atol=1e-12)
+
+
+def test_without_verification_the_closure_is_called_once() -> None:
+    calls = []
+    for verify in (True, False):
+        _, opt, closure = residual_problem(solver=st.LeaveOneOut(verify=verify))
+        number: list[int] = []
+        opt.step(counted(closure, lambda n, rows, number=number: number.append(n) or rows))
+        calls.append(len(number))
+    assert calls == [2, 1]
+
+
+@pytest.mark.parametrize("worse", [float("nan"), float("inf"), 1e200])
+def test_a_trial_that_is_not_finite_is_a_trial_that_failed(worse: float) -> None:
+    model, opt, closure = residual_problem()
+    before = snapshot(model)
+    opt.step(counted(closure, lambda n, rows: rows if n == 0 else rows * worse))
+    assert unchanged(model, before)
+    assert not seen(opt).accepted
+
+
+@pytest.mark.parametrize("solver", [st.LeaveOneOut(), st.LevenbergMarquardt()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("skip", ["raise", "skip"])
+def test_an_error_in_the_second_call_leaves_everything_as_it_was(skip: Any, solver: Any) -> None:
+    model, opt, closure = residual_problem(solver=solver, metric=st.KroneckerMetric(), momentum=0.5, on_nonfinite=skip)
+    for _ in range(2):
+        opt.step(closure)
+    before, state, random = snapshot(model), state_of(opt), torch.get_rng_state()
+
+    def broken(number: int, rows: Tensor) -> Tensor:
+        if number > 0:
+            raise KeyError("user")
+        return rows
+
+    with pytest.raises(KeyError, match="user"):
+        opt.step(counted(closure, broken))
+    assert unchanged(model, before)
+    assert same(opt.state_dict(), state)
+    assert torch.equal(torch.get_rng_state(), random)
+    opt.step(closure)
+    assert not unchanged(model, before)
+
+
+def test_negative_losses_are_judged_by_their_squares() -> None:
+    """With kappa 2 a row is the loss itself, of any sign: one that falls far below zero is no gain."""
+    model, (x, _) = mlp(), data(12)
+    opt = st.Sven(model, solver=st.LeaveOneOut(), kappa=2.0)
+    before = snapshot(model)
+    opt.step(counted(lambda: model(x).squeeze(1), lambda n, rows: rows if n == 0 else -100 - rows))
+    assert unchanged(model, before)
+    assert not seen(opt).accepted
+
+
+class Masked(nn.Module):
+    """Dropout between two layers, which keeps its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 40).double(), nn.Linear(40, 1).double()
+        self.masks: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).cos()
+        kept = nn.functional.dropout(hidden, 0.5, training=True)
+        self.masks.append(kept.detach() != 0)
+        return self.last(kept).squeeze(1)
+
+
+@pytest.mark.parametrize("solver", [st.LeaveOneOut(), st.LevenbergMarquardt()], ids=lambda s: type(s).__name__)
+def test_dropout_repeats_its_masks_and_the_generator_goes_on_as_after_one_call(solver: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, _) = Masked(), data(16)
+    y = x.sum(1) + 1
+    opt = st.Sven(model, rows="residuals", solver=solver)
+    for _ in range(3):
+        state = torch.get_rng_state()
+        model(x)
+        once = torch.get_rng_state()
+        torch.set_rng_state(state)
+        model.masks.clear()
+        opt.step(lambda: model(x) - y)
+        assert len(model.masks) >= 2
+        assert all(torch.equal(mask, model.masks[0]) for mask in model.masks)
+        assert torch.equal(torch.get_rng_state(), once)
+    first = model.masks[0]
+    opt.step(lambda: model(x) - y)
+    assert not torch.equal(first, model.masks[-1])  # and the next step draws others
+
+
+# ---- what is kept between steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_memory_and_metric_survive_to_the_bit(how: str, dtype: torch.dtype) -> None:
+    def build() -> tuple[nn.Module, st.Sven]:
+        model = mlp().to(dtype)
+        return model, st.Sven(model, momentum=0.6)
+
+    x, y = (part.to(dtype) for part in data(12))
+    model, opt = build()
+    for _ in range(5):
+        opt.step(lambda: residuals(model, x, y).square())
+    if how == "state_dict":
+        other, resumed = build()
+        saved = state_of(opt)
+        other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(saved)
+        assert same(saved, state_of(opt))
+    else:
+        other, resumed = copy.deepcopy((model, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
+    assert same(opt.state_dict(), resumed.state_dict())
+    for _ in range(5):
+        mine, theirs = (o.step(lambda m=m: residuals(m, x, y).square()) for m, o in ((model, opt), (other, resumed)))
+        assert torch.equal(mine, theirs)
+    assert unchanged(model, snapshot(other))
+    assert same(opt.state_dict(), resumed.state_dict())
+
+
+def test_a_loaded_state_is_shared_with_nobody() -> None:
+    _, opt, closure = residual_problem()
+    opt.step(closure)
+    _, resumed, again = residual_problem()
+    saved = opt.state_dict()
+    resumed.load_state_dict(saved)
+    kept = copy.deepcopy(saved)
+    resumed.step(again)
+    assert same(opt.state_dict(), kept)
+
+
+def test_the_engine_row_by_row_gives_the_same_step() -> None:
+    steps = []
+    for reference in (False, True):
+        model, (x, y) = mlp(2), data(8, 2)
+        capture = st.ReferenceCapture(model) if reference else None
+        opt = st.Sven(model, rows="residuals", metric=None, capture=capture)
+        for _ in range(3):
+            opt.step(lambda m=model, x=x, y=y: m(x) - y)
+        steps.append(flat(model))
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-11)
+
+
+def test_the_step_taken_is_the_definitions() -> None:
+    """Through the optimizer: vector rows are left out sample by sample, and lr multiplies the advised length."""
+    model, (x, _) = mlp(2), data(5, 2)
+    y = torch.stack([x.sum(1).sin() + 1, x[:, 0] - 2], 1)
+    rows = model(x) - y
+    matrix = dense_jacobian(list(model.parameters()), rows.flatten())
+    solver = st.LeaveOneOut(verify=False)
+    want = by_definition(solver, matrix, rows.detach().flatten(), None, [(5, 2)])
+    before = flat(model)
+    assert want["step"] > 0
+    opt = st.Sven(model, rows="residuals", lr=0.5, solver=solver, max_norm_ratio=None)
+    opt.step(lambda: model(x) - y)
+    torch.testing.assert_close(before - flat(model), 0.5 * want["step"] * want["direction"], rtol=1e-7, atol=1e-10)
+    assert seen(opt).damping == pytest.approx(want["damping"], rel=1e-9)
+    assert seen(opt).length == pytest.approx(want["step"], rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_a_single_precision_gram_keeps_away_from_its_rounding(dtype: torch.dtype) -> None:
+    model, (x, y) = mlp().to(dtype), (part.to(dtype) for part in data(12))
+    opt = st.Sven(model, rows="residuals", solver=st.LeaveOneOut(precision="float32"))
+    history = [float(opt.step(lambda: residuals(model, x, y))) for _ in range(10)]
+    assert history[-1] < 0.5 * history[0]
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"decay": 1.0}, "decay=1.0"),
+    ({"caution": 1.5}, "caution=1.5"),
+    ({"slack": 1.0}, "slack=1.0"),
+    ({"smallest": 0.0}, "smallest"),
+    ({"smallest": 1.0, "largest": 0.1}, "largest=0.1"),
+    ({"precision": "float16"}, "precision"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(st.InvalidOptionError, match=message):
+        st.LeaveOneOut(**options)
+
+
+def test_one_damping_is_a_grid_too() -> None:
+    matrix, rhs = system([(6, 1)], 9, 3)
+    one = dataclasses.replace(st.LeaveOneOut(), smallest=0.1, largest=0.1)
+    mean = float((matrix @ matrix.T).trace()) / 6
+    assert one.solve(jacobian_of(matrix), rhs).damping == pytest.approx(0.1 * mean)
