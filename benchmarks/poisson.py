@@ -74,7 +74,6 @@ def adam(model: nn.Module, conditions: Conditions, seconds: float, *, lr: float)
 ARMS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "Sven, Levenberg-Marquardt": (sven, {}),
     "the same without acceleration": (sven, {"acceleration": False}),
-    "the same in dual form, no scaling": (sven, {"acceleration": False, "max_primal": 0}),
     "L-BFGS": (lbfgs, {}),
     **{f"Adam, lr {rate:g}": (adam, {"lr": rate}) for rate in RATES},
 }

@@ -5,7 +5,8 @@
 Every rival gets the same trials of its learning rate, 5 in runs of 5 epochs (MNIST: 4 in runs of 1), at 3 seeds that
 are not reported; the rate falls linearly to 0. "sven" is the constructor without any option, and has no trials; "sven
 tuned" is what `STUDIES` says, chosen by hand on seed 0, which is run too and not reported. The full-batch methods get
-the seconds of "sven tuned" instead of epochs. An interrupted study goes on where it was.
+the seconds of "sven tuned" instead of epochs. `seconds_to_adam` is the time to Adam's mean final loss. An interrupted
+study goes on where it was.
 
 Needs the packages of the `rivals` extra.
 """
@@ -50,20 +51,20 @@ class Study:
     timed: tuple[str, ...] = ("lbfgs-full", "levenberg-marquardt")
 
 
-MNIST = ("adam", "sgd", "muon", "soap", "half-inverse")
+FEWER = ("adam", "sgd", "muon", "soap", "half-inverse")
 STUDIES = {
     "toy_1d": Study(("lr=0.215", "rows=residuals", "solver=TruncatedEigh(rtol=1e-6,exponent=0.5)")),
     "polynomial": Study((
         "lr=1.0", "rows=losses", "kappa=1.0", "solver=LeaveOneOut(smallest=0.1,largest=1e3,slack=0.0)",
         "metric=KroneckerMetric()",
-    ), tuned_schedule="constant"),
+    ), tuned_schedule="constant", rivals=FEWER),
     "mnist_label_regression": Study(
         ("lr=0.5", "rows=losses", "kappa=1.0", "weight_decay=1e-4", "solver=Damped(damping=0.1)"),
-        seeds=3, trials=4, trial_epochs=1, rivals=MNIST, timed=(),
+        seeds=3, trials=4, trial_epochs=1, rivals=FEWER, timed=(),
     ),
     "mnist": Study(
         ("lr=1.5", "rows=losses", "kappa=2.0", "weight_decay=3e-4", "solver=Damped(damping=0.1)"),
-        seeds=3, trials=4, trial_epochs=1, rivals=MNIST, timed=(),
+        seeds=3, trials=4, trial_epochs=1, rivals=FEWER, timed=(),
     ),
 }  # fmt: skip
 
@@ -88,12 +89,29 @@ def run(task: str, study: Study, folder: Path, epochs: str) -> list[Row]:
         compare(rival, rival, *by_epochs, *rates)
     for rival in study.timed:
         compare(rival, rival, *common, "--budget-seconds", str(round(rows[1]["seconds"])))
+    (adam,) = (row for row in rows if row["optimizer"] == "adam")
+    for row in rows:
+        row["seconds_to_adam"] = seconds_to(adam["val_loss"], reported(folder / row["optimizer"] / "records"))
     return rows
 
 
-def row_of(task: str, name: str, optimizer: str, records: Path, trials: int) -> Row:
+def reported(records: Path) -> list[Row]:
+    """The runs of an arm, without the seed that options were chosen on."""
     runs = [json.loads(path.read_text()) for path in sorted(records.glob("*.jsonl"))]
-    runs = [one for one in runs if one["seed"] > 0]
+    return [one for one in runs if one["seed"] > 0]
+
+
+def seconds_to(goal: float, runs: list[Row]) -> float | None:
+    """Mean seconds until the validation loss is at a goal, where all runs get there."""
+    found = []
+    for one in runs:
+        there = [p["seconds"] for p in one["history"] if p["val_loss"] is not None and p["val_loss"] <= goal]
+        found += there[:1]
+    return statistics.fmean(found) if len(found) == len(runs) else None
+
+
+def row_of(task: str, name: str, optimizer: str, records: Path, trials: int) -> Row:
+    runs = reported(records)
     done = [one for one in runs if one["status"] == "finished"]
     losses = [one["final"]["val_loss"] for one in done]
     rate = runs[0]["options"].get("lr")

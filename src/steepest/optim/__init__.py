@@ -12,7 +12,8 @@ from steepest.optim.lpsgd import LPSGD, LPSGDM, LPSGDDiagnostics
 from steepest.optim.metric import KroneckerMetric
 from steepest.optim.p_schedules import ConstantP, CosineAnnealingP, LinearAnnealingP
 from steepest.optim.solvers import Damped, RandomizedSVD, Solver, TruncatedEigh, TruncatedSVD
-from steepest.optim.sven import Sven, SvenDiagnostics
+from steepest.optim.sven import Sven
+from steepest.optim.system import SvenDiagnostics
 
 __all__ = [
     "FOP",

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,48 +21,18 @@ from steepest.optim._apply import check_magnitude, decay
 from steepest.optim.gram import Solution
 from steepest.optim.leave_one_out import LeaveOneOut, verified
 from steepest.optim.levenberg import LevenbergMarquardt, search
-from steepest.optim.metric import Geometry, KroneckerMetric, LayerMetric, geometry_of
+from steepest.optim.metric import KroneckerMetric, LayerMetric, geometry_of
 from steepest.optim.restoring import restore
 from steepest.optim.rows import RowKind, check_weights, conditions, mean_loss, row_values, sample_sizes, weighted
 from steepest.optim.sets import ADAMW_DEFAULTS, apply_adamw, columns, loss_gradient, row_weights
 from steepest.optim.solvers import AdaptiveSolver, Solver
+from steepest.optim.system import SvenDiagnostics, System, chosen_metric, default_kappa, stacked, widened
 from steepest.optim.together import Conditions, decide, fingerprints, share, solver_name
 from steepest.optim.trials import Trials, random_state, repeated
 
-__all__ = ["Sven", "SvenDiagnostics"]
+__all__ = ["Sven"]
 
 NORM_DECAY = 0.9  # of the running mean that the norm guard compares with
-
-
-@dataclass(frozen=True, eq=False)
-class SvenDiagnostics:
-    """What the last step did.
-
-    Args:
-        rows: Number of conditions R, of all processes.
-        rank: Singular directions used.
-        spectrum: Singular values of J, largest first, float64; None where the solver needs none.
-        noise_floor: Relative size below which singular values are rounding.
-        update_norm: Norm of the direction d before lr, after clipping: Euclidean, or that of the metric.
-        clipped: Whether the norm guard shortened it.
-        num_clipped: How many steps it has shortened so far.
-        num_skipped: How many non-finite steps were skipped so far.
-        damping: Absolute damping that the solver chose, in squared singular values; None where it chooses none.
-        length: Share of d that was taken before lr: the solver's advice.
-        accepted: Whether the parameters moved; `LevenbergMarquardt` takes back what does not help.
-    """
-
-    rows: int
-    rank: int
-    spectrum: Tensor | None
-    noise_floor: float
-    update_norm: float
-    clipped: bool
-    num_clipped: int
-    num_skipped: int
-    damping: float | None = None
-    length: float = 1.0
-    accepted: bool = True
 
 
 class Sven(Optimizer):
@@ -186,7 +155,7 @@ class Sven(Optimizer):
         check_choice("rows", rows, ("losses", "residuals"))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self._rows: RowKind = rows
-        self._kappa = check_real("kappa", _kappa(kappa, solver), low=0, open_low=True)
+        self._kappa = check_real("kappa", default_kappa(kappa, solver), low=0, open_low=True)
         self._solver = LeaveOneOut() if solver is None else solver
         if not isinstance(self._solver, Solver):
             raise InvalidOptionError(
@@ -201,7 +170,7 @@ class Sven(Optimizer):
             raise InvalidOptionError(
                 "samples_per_row > 1 with rows='residuals': signed residuals cancel in a mean. Use rows='losses'."
             )
-        self._metric = _metric(metric, solver, fraction)
+        self._metric = chosen_metric(metric, solver, fraction)
         self._momentum = check_real("momentum", momentum, low=0, high=1, open_high=True)
         self._weights = {str(n): check_real(f"weights[{n!r}]", w, low=0) for n, w in (weights or {}).items()}
         self._seed = check_integer("seed", seed, low=0)
@@ -304,8 +273,9 @@ class Sven(Optimizer):
         The step is atomic: whatever it raises, parameters and state are as they were.
 
         Args:
-            closure: Computes and returns the unreduced losses or residuals, ``(batch,)`` or a dict of such blocks.
-                It calls no ``backward()`` and needs no ``zero_grad()``.
+            closure: Computes and returns the unreduced losses or residuals, ``(batch,)``, of residuals also
+                ``(batch, K)``, or a dict of such blocks. It calls no ``backward()`` and needs no ``zero_grad()``. It is
+                called again, on the same batch, by solvers that try their steps.
 
         Returns:
             The mean loss (of residuals the mean square), summed over blocks, before the step; None if it was skipped.
@@ -344,7 +314,7 @@ class Sven(Optimizer):
         return system.loss
 
     def _tried(
-        self, system: "_System", trials: Trials, ranks: Ranks | None
+        self, system: System, trials: Trials, ranks: Ranks | None
     ) -> tuple[Solution, float, dict[int, Tensor], bool]:
         """Solve, and move as far as it helps: solution, norm guard, AdamW's gradients, whether anything moved."""
         grads = self._other_gradients(system)
@@ -356,7 +326,7 @@ class Sven(Optimizer):
         solution, accepted = verified(solution, trials.before, lambda s, length: trials(s, length * scale))
         return solution, scale, grads, accepted
 
-    def _system(self, closure: Callable[[], Rows] | None, ranks: Ranks | None) -> "_System":
+    def _system(self, closure: Callable[[], Rows] | None, ranks: Ranks | None) -> System:
         """The conditions of this batch, of all processes, in the coordinates that they are solved in."""
         if ranks is None:
             found = self._differentiate(closure)
@@ -379,7 +349,7 @@ class Sven(Optimizer):
         previous = self._previous(jacobian, index) if self._momentum else None
         if previous is not None:
             rhs = rhs - self._momentum * jacobian.jvp(previous).to(rhs)
-        return _System(whole, jacobian, geometry, rhs, slopes, samples, index, previous, loss, given)
+        return System(whole, jacobian, geometry, rhs, slopes, samples, index, previous, loss, given)
 
     def _differentiate(self, closure: Callable[[], Rows] | None, *, several: bool = False) -> Conditions:
         """Run the closure once, and one backward; with several processes, where others hear of what fails here."""
@@ -399,7 +369,7 @@ class Sven(Optimizer):
                 check_weights(self._weights, output if isinstance(output, Mapping) else ())
             output = weighted(output, self._weights, self._rows)
             rows = conditions(output, self._rows, self._kappa, self._samples_per_row)
-        return Conditions(output, self.capture.jacobian(rows), _stack(rows), sample_sizes(rows))
+        return Conditions(output, self.capture.jacobian(rows), stacked(rows), sample_sizes(rows))
 
     def _evaluate(self, closure: Callable[[], Rows] | None, random: list[tuple[torch.device, Tensor]]) -> Tensor:
         """The rows of the same batch once more."""
@@ -411,7 +381,7 @@ class Sven(Optimizer):
             output = weighted(closure(), self._weights, self._rows)
         return row_values(output, self._rows, self._kappa, self._samples_per_row)
 
-    def _solve(self, system: "_System", ranks: Ranks | None) -> tuple[Solution, float]:
+    def _solve(self, system: System, ranks: Ranks | None) -> tuple[Solution, float]:
         """The solution, the same on all processes, and the factor of the norm guard."""
         if ranks is None:
             solution, scale = self._solved(system)
@@ -422,14 +392,14 @@ class Sven(Optimizer):
         check_magnitude(solution.magnitude * max(rate, 1.0), system.used.dtype, remedy)
         return solution, scale
 
-    def _solved(self, system: "_System") -> tuple[Solution, float]:
+    def _solved(self, system: System) -> tuple[Solution, float]:
         if isinstance(self._solver, AdaptiveSolver):
             solution = self._solver.adapt(system.used, system.rhs, self._memory["solver"], system.samples)
         else:
             solution = self._solver.solve(system.used, system.rhs)
         return solution, self._guard(solution.norm)
 
-    def _move(self, system: "_System", solution: Solution, scale: float, *, plain: bool = False) -> None:
+    def _move(self, system: System, solution: Solution, scale: float, *, plain: bool = False) -> None:
         """Move the parameters along a share of a solution; plainly: without learning rate and weight decay."""
         straight = system.geometry is None and system.previous is None and not system.index
         alone = not isinstance(solution.jacobian, SpreadJacobian)
@@ -444,13 +414,13 @@ class Sven(Optimizer):
         direction = self._direction(system, solution)
         for group, trained in groups:
             updates = [
-                _widen(direction[n], p, system.index.get(n)) for n, p in zip(trained, group["params"], strict=True)
+                widened(direction[n], p, system.index.get(n)) for n, p in zip(trained, group["params"], strict=True)
             ]
             if not plain:
                 decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
             torch._foreach_add_(group["params"], updates, alpha=-(1.0 if plain else float(group["lr"])) * scale)
 
-    def _direction(self, system: "_System", solution: Solution) -> dict[str, Tensor]:
+    def _direction(self, system: System, solution: Solution) -> dict[str, Tensor]:
         """The direction in the parameters' own coordinates, with momentum."""
         direction = solution.direction() if system.geometry is None else system.geometry.direction(solution)
         if system.previous is not None:
@@ -472,7 +442,7 @@ class Sven(Optimizer):
                 found[name] = last if name not in index or param.ndim == 0 else last.index_select(0, index[name])
         return found
 
-    def _other_gradients(self, system: "_System") -> dict[int, Tensor]:
+    def _other_gradients(self, system: System) -> dict[int, Tensor]:
         """Gradients of the mean loss in the parameters that AdamW trains, by their ids."""
         if len(self._sven_groups) == len(self.param_groups):
             return {}
@@ -559,7 +529,7 @@ class Sven(Optimizer):
         # Parameters that are all zero, or updates that were so far, set no scale.
         return limit / norm if norm > limit > 0 else 1.0
 
-    def _remember(self, solution: Solution, scale: float, system: "_System", *, accepted: bool) -> None:
+    def _remember(self, solution: Solution, scale: float, system: System, *, accepted: bool) -> None:
         memory = self._memory
         self._change(
             step=memory["step"] + 1,
@@ -576,7 +546,7 @@ class Sven(Optimizer):
             for name in system.previous:  # a momentum that leads nowhere is given up
                 self.state[params[name]].pop("direction", None)
                 if name in last:
-                    self.state[params[name]]["direction"] = _widen(last[name], params[name], system.index.get(name))
+                    self.state[params[name]]["direction"] = widened(last[name], params[name], system.index.get(name))
         memory = self._memory
         self.diagnostics = SvenDiagnostics(
             rows=system.jacobian.num_rows,
@@ -591,68 +561,3 @@ class Sven(Optimizer):
             length=solution.step,
             accepted=accepted,
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _System:
-    """The conditions that one step solves.
-
-    Args:
-        whole: Their Jacobian in all parameters.
-        jacobian: In those that Sven trains and this step changes.
-        geometry: The same in the coordinates of the metric, if there is one.
-        rhs: ``[R]``, what is left of the rows by the momentum.
-        slopes: ``[R]``, derivatives of the mean loss in the rows.
-        samples: Number of samples and rows of each, block by block.
-        index: Output rows that this step changes, where it does not change all.
-        previous: The direction of the step before, where there is momentum.
-        loss: Mean loss.
-        given: The rows, ``[R]``.
-    """
-
-    whole: Jacobian
-    jacobian: Jacobian
-    geometry: Geometry | None
-    rhs: Tensor
-    slopes: Tensor
-    samples: list[tuple[int, int]]
-    index: dict[str, Tensor]
-    previous: dict[str, Tensor] | None
-    loss: Tensor
-    given: Tensor
-
-    @property
-    def used(self) -> Jacobian:
-        """The Jacobian that is solved with."""
-        return self.jacobian if self.geometry is None else self.geometry.jacobian
-
-
-def _kappa(kappa: float | None, solver: Solver | None) -> float:
-    """The root of a loss is the residual behind it; the paper's solvers take the losses themselves."""
-    return kappa if kappa is not None else (1.0 if solver is None else 2.0)
-
-
-def _metric(
-    metric: KroneckerMetric | Literal["auto"] | None, solver: Solver | None, fraction: float
-) -> KroneckerMetric | None:
-    if metric == "auto":
-        return KroneckerMetric() if solver is None and fraction == 1 else None
-    if metric is not None and not isinstance(metric, KroneckerMetric):
-        raise InvalidOptionError(f"metric={metric!r}: give steepest.KroneckerMetric(...), None for none, or 'auto'.")
-    if metric is not None and fraction < 1:
-        raise InvalidOptionError(
-            f"metric={metric!r} with fraction={fraction:g}: a metric is that of whole layers; drop one of the two."
-        )
-    return metric
-
-
-def _widen(update: Tensor, param: Tensor, index: Tensor | None) -> Tensor:
-    """Put the update of some output rows into zeros of the parameter's shape."""
-    if index is None or param.ndim == 0:
-        return update
-    return torch.zeros_like(param).index_copy_(0, index, update)
-
-
-def _stack(rows: Rows) -> Tensor:
-    blocks = rows.values() if isinstance(rows, Mapping) else [rows]
-    return torch.cat([block.detach().flatten() for block in blocks])
