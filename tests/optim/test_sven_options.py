@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -301,3 +302,28 @@ def test_a_memory_that_lacks_what_a_newer_version_keeps_is_taken_up() -> None:
     other.load_state_dict(saved)
     other.step(lambda: losses(model, 1))
     assert other.state_dict()["state"][0]["step"] == 2
+
+
+def test_a_solver_assigned_between_steps_is_used_from_then_on() -> None:
+    """As one that was there from the beginning; what another kind has learnt is forgotten."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = torch.randn(7, 2, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+
+    def trained(first: st.optim.Solver, *others: st.optim.Solver) -> Tensor:
+        model = copy.deepcopy(start)
+        opt = st.Sven(model, lr=0.5, rows="residuals", solver=first, metric=None)
+        for solver in (None, *others):
+            if solver is not None:
+                opt.solver = solver
+                assert opt.solver is solver
+            opt.step(lambda: model(x).squeeze(1) - y)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    tight, loose = st.TruncatedEigh(rtol=1e-6), st.TruncatedEigh(rtol=0.3)
+    assert not torch.allclose(trained(tight, loose), trained(tight, tight))
+    torch.testing.assert_close(trained(tight, tight), trained(st.TruncatedEigh(rtol=1e-6), tight))
+    trained(st.LevenbergMarquardt(), st.LeaveOneOut(), st.LevenbergMarquardt(), tight)
+    opt = st.Sven(copy.deepcopy(start))
+    with pytest.raises(st.errors.InvalidOptionError, match="give a solver object"):
+        opt.solver = 0.1  # type: ignore[assignment]

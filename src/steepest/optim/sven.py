@@ -157,10 +157,7 @@ class Sven(Optimizer):
         self._rows: RowKind = rows
         self._kappa = check_real("kappa", default_kappa(kappa, solver), low=0, open_low=True)
         self._solver = LeaveOneOut() if solver is None else solver
-        if not isinstance(self._solver, Solver):
-            raise InvalidOptionError(
-                f"solver={solver!r}: give a solver object such as steepest.TruncatedEigh(rtol=1e-3)."
-            )
+        self._check_solver(self._solver)
         if max_norm_ratio is not None:
             check_real("max_norm_ratio", max_norm_ratio, low=1)
         self._max_norm_ratio = max_norm_ratio
@@ -197,6 +194,13 @@ class Sven(Optimizer):
         self._compared = False  # the parameters of all processes, once
         self.diagnostics: SvenDiagnostics | None = None
 
+    @staticmethod
+    def _check_solver(solver: Solver) -> None:
+        if not isinstance(solver, Solver):
+            raise InvalidOptionError(
+                f"solver={solver!r}: give a solver object such as steepest.TruncatedEigh(rtol=1e-3)."
+            )
+
     def _make_capture(self, kind: type[Capture | ReferenceCapture] = Capture) -> Capture | ReferenceCapture:
         params = [p for group in self.param_groups for p in group["params"]]
         return kind(self._model, params=params, max_memory=self._max_memory)
@@ -221,6 +225,18 @@ class Sven(Optimizer):
     def rows(self) -> RowKind:
         """What the closure returns: "losses" or "residuals"."""
         return self._rows
+
+    @property
+    def solver(self) -> Solver:
+        """How conditions are solved; assigned between steps it follows a schedule, of ``rtol`` or a damping say."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        self._check_solver(solver)
+        if type(solver) is not type(self._solver) and self._memory["solver"] is not None:
+            self._change(solver=None)  # what another kind of solver had learnt
+        self._solver = solver
 
     @property
     def capture(self) -> Capture | ReferenceCapture:
