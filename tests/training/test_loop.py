@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from steepest.optim import Damped
 from steepest.training import loop
 from steepest.training.data import epoch_order
 from steepest.training.execute import execute
@@ -108,7 +109,7 @@ def test_sven_gets_the_rows_that_its_options_ask_for(rows: str) -> None:
 
 
 def test_residuals_of_a_classification_are_rows_of_its_gauss_newton_matrix() -> None:
-    options = {"rows": "residuals", "lr": 0.1, "solver": {"type": "Damped", "damping": 0.01}}
+    options = {"rows": "residuals", "lr": 0.1, "solver": Damped(0.01)}
     record = execute(RunSpec("digits", "sven", options, epochs=2, batch_size=64))
     assert record.status == "finished", record.error
     assert record.history[-1].diagnostics["rank"] > 64  # ten rows to a sample
