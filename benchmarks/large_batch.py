@@ -80,7 +80,7 @@ def run(study: Study, folder: Path) -> list[dict[str, Any]]:
         return steepest("compare", *study.arguments, *sizes, *goal, *tune, *out)
     for batch in study.batches:
         arguments = (*study.arguments, "--batch-size", batch)
-        rates = short_trials(arguments, study.trial_epochs, 4, folder / "tuning" / batch)
+        rates = short_trials(arguments, ("--epochs", str(study.trial_epochs)), 4, folder / "tuning" / batch)
         steepest("compare", *arguments, *rates, *out)
     return steepest("report", str(folder), *goal)
 

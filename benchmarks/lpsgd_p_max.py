@@ -69,7 +69,8 @@ def compare(study: Study, optimizer: str, options: Sequence[str], folder: Path) 
         return
     # A folder for each arm, so that there is one row in it.
     name = "-".join([optimizer, *options]).replace("=", "-")
-    rates = short_trials(arm, study.trial_epochs, study.trials, folder / "tuning" / name)
+    budget = ("--epochs", str(study.trial_epochs))
+    rates = short_trials(arm, budget, study.trials, folder / "tuning" / name)
     steepest("compare", *arm, *seeds, *rates, *out)
 
 

@@ -31,6 +31,8 @@ UPDATE, REFRESH = 10, 100  # steps between two updates of the factors, and betwe
 WORD = 4  # bytes of a float32
 BUCKET = 1 << 25  # bytes of a message, see steepest.distributed.Ranks
 SKETCH = 64  # rows l of SAGE's sketch
+METRIC = 512  # the largest side of a layer that KroneckerMetric measures
+LEARNT = 56  # numbers of the memory of LeaveOneOut: two for each of 27 dampings, and two
 KEPT = 0.1  # share of the samples that a selection keeps
 MODES = ("replicated", "sharded", "hybrid")
 
@@ -168,17 +170,28 @@ def kfac_bytes(model: Model, world: int, mode: str, fop: bool = False) -> dict[s
     }
 
 
-def sven_bytes(model: Model, world: int) -> dict[str, float]:
+def sven_bytes(model: Model, world: int, tries: int | None = None) -> dict[str, float]:
+    """Of a step in dual form that reports all singular values; with ``tries`` of one without options, tried so often.
+
+    That has a metric, a damping that learns and a decay, and here a bias in every layer.
+    """
     if world == 1:
         return dict.fromkeys(("sent", "gathered", "reduced", "broadcast"), 0)
-    rows = world * model.batch
-    records = WORD * model.batch * (model.rest + sum(layer.wire for layer in model.layers))
-    return {
-        "sent": (world - 1) / 2 * records,
+    rows, layers = world * model.batch, model.layers
+    measured_by = [a for a in layers if tries is not None and max(a.n, a.m) <= METRIC]
+    # The metric joins a 1 to the inputs of a layer with a bias.
+    wires = [min(a.wire + a.positions, a.matrix) if a in measured_by else a.wire for a in layers]
+    found = {
+        "sent": (world - 1) / 2 * WORD * model.batch * (model.rest + sum(wires)),
         "gathered": model.batch * (rows + 1) * 8 + model.batch * WORD,
         "reduced": model.parameters * WORD + 8,
-        "broadcast": 64 + 8 * rows + 8 * rows,
+        "broadcast": 96 + 8 * rows + 8 * rows,
     }
+    if tries is not None:
+        found["gathered"] += model.batch * WORD  # for the decay
+        found["reduced"] += sum(WORD * a.squares + 16 for a in measured_by) + 16 * tries
+        found["broadcast"] += 8 * LEARNT
+    return found
 
 
 def sage_bytes(model: Model, world: int) -> dict[str, float]:
@@ -384,7 +397,7 @@ def traffic_of(kind: str, rank: int) -> tuple[float, ...]:
     x = torch.randn(ROWS, a, generator=torch.Generator().manual_seed(rank))
     y, name, mode = torch.arange(ROWS) % e, *kind.split()
     if name == "Sven":
-        sven_opt = st.Sven(model)
+        sven_opt = st.Sven(model, solver=st.TruncatedEigh() if mode == "dual" else None)
         loss = nn.CrossEntropyLoss(reduction="none")
         for _ in range(STEPS):
             sven_opt.step(lambda: loss(model(x), y))
@@ -402,14 +415,14 @@ def traffic_of(kind: str, rank: int) -> tuple[float, ...]:
     return traffic.reduced, traffic.broadcast, traffic.gathered, traffic.sent
 
 
-KINDS = (*(f"{name} {mode}" for name in ("KFAC", "FOP") for mode in MODES), "Sven dual")
+KINDS = (*(f"{name} {mode}" for name in ("KFAC", "FOP") for mode in MODES), "Sven dual", "Sven default")
 
 
 def expected(kind: str) -> tuple[float, ...]:
     """What the model says of the same; of Sven the mean of both ranks."""
     name, mode = kind.split()
     if name == "Sven":
-        per_step = sven_bytes(small(), 2)
+        per_step = sven_bytes(small(), 2, None if mode == "dual" else 1)
         return tuple(STEPS * per_step[key] for key in ("reduced", "broadcast", "gathered", "sent"))
     given = kfac_bytes(small(), 2, mode, fop=name == "FOP")
     reduced = STEPS * given["reduced"] + UPDATES * given["update"]

@@ -17,12 +17,12 @@ def steepest(*arguments: str) -> list[dict[str, Any]]:
     return tasks
 
 
-def short_trials(arguments: Sequence[str], epochs: int, trials: int, folder: Path) -> list[str]:
+def short_trials(arguments: Sequence[str], budget: Sequence[str], trials: int, folder: Path) -> list[str]:
     """Tune in runs shorter than those that are reported.
 
     Args:
         arguments: Of steepest compare, for one task and one batch size.
-        epochs: Per trial.
+        budget: Of one trial, as a flag and its value.
         trials: Learning rates per optimizer.
         folder: Where the trials' records are kept.
 
@@ -30,6 +30,6 @@ def short_trials(arguments: Sequence[str], epochs: int, trials: int, folder: Pat
         Arguments that set the learning rates that were best.
     """
     # The last of two equal flags counts: of the short runs only the rates are wanted.
-    short = ("--epochs", str(epochs), "--seeds", "1", "--tune", str(trials), "--out", str(folder))
+    short = (*budget, "--seeds", "1", "--tune", str(trials), "--out", str(folder))
     (summary,) = steepest("compare", *arguments, *short)
     return [word for row in summary["rows"] for word in ("--set", f"{row['optimizer']}.lr={row['options']['lr']}")]

@@ -1,12 +1,17 @@
-"""Sven and its rivals on the four problems of its paper (arXiv 2604.01279), 20 epochs, by `steepest compare`.
+"""Sven and its rivals on the four problems of its paper (arXiv 2604.01279), by `steepest compare`.
 
     STEEPEST_DATA=... python benchmarks/sven_rivals.py [toy_1d polynomial mnist_label_regression mnist] [--quick]
 
 Every rival gets the same trials of its learning rate, 5 in runs of 5 epochs (MNIST: 4 in runs of 1), at 3 seeds that
-are not reported; the rate falls linearly to 0. "sven" is the constructor without any option, and has no trials; "sven
-tuned" is what `STUDIES` says, chosen by hand on seed 0, which is run too and not reported. The full-batch methods get
-the seconds of "sven tuned" instead of epochs. `seconds_to_adam` is the time to Adam's mean final loss. An interrupted
-study goes on where it was.
+are not reported; the rate falls to 0, linearly or (MNIST) from three fifths of the run on. "sven" is the constructor
+without any option at a constant rate, and has no trials; "sven tuned" is what `STUDIES` says, chosen by hand on seed 0
+(run too, and not reported) and seeds from 10 on, in more trials than the rivals have.
+
+All run for 20 epochs; rivals that need more seconds than "sven tuned" for that run for its seconds instead, and those
+that need fewer for its seconds too ("equal seconds"). `seconds_to_adam` is the mean time to the loss that Adam ends
+with. How soon one is there depends on how fast the rate falls: so all have a second run of 4 epochs ("4 epochs"), as
+have the tuned options of Sven. An interrupted study goes on where it was; `--table` prints the record as the table of
+the README.
 
 Needs the packages of the `rivals` extra.
 """
@@ -19,13 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import write
+from records import FOLDER, write
 from steepest.training.registry import get_optimizer
 from steepest.training.tune import log_grid
 from studies import short_trials, steepest
 
 Row = dict[str, Any]
-UNTOUCHED = ("lr=1.0", "rows=losses", "kappa=1.0", "solver=LeaveOneOut()", "metric=KroneckerMetric()")
+UNTOUCHED = (
+    "lr=1.0", "rows=losses", "kappa=1.0", "solver=LeaveOneOut()", "metric=KroneckerMetric()", "relative_decay=0.001",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,38 +41,47 @@ class Study:
 
     Args:
         tuned: Options of the tuned Sven.
-        tuned_schedule: Its learning rate over the run.
-        seeds: Seeds that are reported.
+        tuned_schedule: Its learning rate over the run, where not that of the rivals.
+        schedule: Of the rivals.
         trials: Learning rates that every rival tries.
         trial_epochs: Epochs of a trial.
         rivals: Optimizers that run for as many epochs.
-        timed: Optimizers that run for as many seconds.
+        slow: Optimizers that run for as many seconds, and have their trials in seconds.
+        timed: Full-batch optimizers without a rate, which run for as many seconds.
     """
 
     tuned: tuple[str, ...]
-    tuned_schedule: str = "linear"
-    seeds: int = 5
+    tuned_schedule: str | None = None
+    schedule: str = "linear"
     trials: int = 5
     trial_epochs: int = 5
-    rivals: tuple[str, ...] = ("adam", "adamw", "sgd", "muon", "soap", "lbfgs", "half-inverse")
+    rivals: tuple[str, ...] = ("adam", "adamw", "sgd", "muon", "soap", "half-inverse")
+    slow: tuple[str, ...] = ("lbfgs",)
     timed: tuple[str, ...] = ("lbfgs-full", "levenberg-marquardt")
 
 
-FEWEST = ("adam", "sgd", "muon")
-FEWER = ("adam", "sgd", "muon", "soap", "half-inverse")
+SEEDS = 5
+SHORT = 4  # epochs
+TRIAL_SECONDS = 3
+MNIST: dict[str, Any] = {
+    "trials": 4, "trial_epochs": 1, "timed": (), "schedule": "trapezoidal",
+    "rivals": ("adam", "adamw", "sgd", "muon"), "slow": ("soap", "lbfgs", "half-inverse"),
+}  # fmt: skip
 STUDIES = {
     "toy_1d": Study(("lr=0.215", "rows=residuals", "solver=TruncatedEigh(rtol=1e-6,exponent=0.5)")),
     "polynomial": Study((
         "lr=1.0", "rows=losses", "kappa=1.0", "solver=LeaveOneOut(smallest=0.1,largest=1e3,slack=0.0)",
         "metric=KroneckerMetric()",
-    ), tuned_schedule="constant", rivals=FEWER),
+    ), tuned_schedule="constant"),
     "mnist_label_regression": Study(
-        ("lr=0.5", "rows=losses", "kappa=1.0", "weight_decay=1e-4", "solver=Damped(damping=0.1)"),
-        seeds=3, trials=4, trial_epochs=1, rivals=FEWEST, timed=(),
+        (
+            "lr=0.5", "rows=losses", "kappa=1.0", "weight_decay=2e-4", "solver=Damped(damping=0.1)",
+            "metric=BalancedMetric()",
+        ),
+        **MNIST,
     ),
     "mnist": Study(
-        ("lr=1.5", "rows=losses", "kappa=2.0", "weight_decay=3e-4", "solver=Damped(damping=0.1)"),
-        seeds=3, trials=4, trial_epochs=1, rivals=FEWEST, timed=(),
+        ("lr=1.5", "rows=losses", "kappa=2.0", "weight_decay=3e-4", "solver=Damped(damping=0.1)"), **MNIST
     ),
 }  # fmt: skip
 
@@ -75,21 +91,35 @@ def sets(options: tuple[str, ...]) -> list[str]:
 
 
 def run(task: str, study: Study, folder: Path, epochs: str) -> list[Row]:
-    common = ("--seeds", str(study.seeds + 1), "--tune", "0")
-    by_epochs = (*common, "--epochs", epochs)
-    rows = []
+    common = ("--seeds", str(SEEDS + 1), "--tune", "0", "--schedule", study.schedule)
+    own = ("--schedule", study.tuned_schedule or study.schedule)
+    by_epochs, short = (*common, "--epochs", epochs), (*common, "--epochs", str(min(SHORT, int(epochs))))
+    rows: list[Row] = []
 
-    def compare(name: str, optimizer: str, *arguments: str) -> None:
+    def compare(name: str, optimizer: str, *arguments: str) -> Row:
         steepest("compare", task, "-o", optimizer, *arguments, "--out", str(folder / name))
         rows.append(row_of(task, name, optimizer, folder / name / "records", study.trials))
+        return rows[-1]
 
-    compare("sven", "sven", *by_epochs, *sets(UNTOUCHED))
-    compare("sven tuned", "sven", *by_epochs, "--schedule", study.tuned_schedule, *sets(study.tuned))
+    def tried(rival: str, *budget: str) -> list[str]:
+        return short_trials(
+            (task, "-o", rival, "--schedule", study.schedule), budget, study.trials, folder / "trials" / rival
+        )
+
+    compare("sven", "sven", *by_epochs, "--schedule", "constant", *sets(UNTOUCHED))
+    tuned = compare("sven tuned", "sven", *by_epochs, *own, *sets(study.tuned))
+    compare("sven tuned, 4 epochs", "sven", *short, *own, *sets(study.tuned))
+    by_seconds = (*common, "--budget-seconds", str(round(tuned["seconds"])))
     for rival in study.rivals:
-        rates = short_trials((task, "-o", rival), study.trial_epochs, study.trials, folder / "trials" / rival)
-        compare(rival, rival, *by_epochs, *rates)
+        rates = tried(rival, "--epochs", str(study.trial_epochs))
+        row = compare(rival, rival, *by_epochs, *rates)
+        compare(f"{rival}, 4 epochs", rival, *short, *rates)
+        if row["seconds"] is not None and row["seconds"] < 0.9 * tuned["seconds"]:
+            compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
+    for rival in study.slow:
+        compare(rival, rival, *by_seconds, *tried(rival, "--budget-seconds", str(TRIAL_SECONDS)))
     for rival in study.timed:
-        compare(rival, rival, *common, "--budget-seconds", str(round(rows[1]["seconds"])))
+        compare(rival, rival, *by_seconds)
     (adam,) = (row for row in rows if row["optimizer"] == "adam")
     for row in rows:
         row["seconds_to_adam"] = seconds_to(adam["val_loss"], reported(folder / row["optimizer"] / "records"))
@@ -130,12 +160,38 @@ def row_of(task: str, name: str, optimizer: str, records: Path, trials: int) -> 
     }
 
 
+def table(rows: list[Row]) -> str:
+    """The record as Markdown: final loss, and the soonest time to Adam's over all runs of an optimizer."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = [name for name in dict.fromkeys(row["optimizer"] for row in rows) if not name.endswith(" epochs")]
+    lines = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(_cell(rows, task, name) for task in tasks) + " |" for name in names]
+    return "\n".join(lines)
+
+
+def _cell(rows: list[Row], task: str, name: str) -> str:
+    here = [row for row in rows if row["task"] == task]
+    found = next((row for row in here if row["optimizer"] == name), None)
+    if found is None or found["val_loss"] is None:
+        return "" if found is None else f"{found['finished']} finished"
+    loss = f"{found['val_loss']:.3g} ± {found['std']:.2g}"
+    if found["val_loss"] == min(row["val_loss"] for row in here if row["val_loss"] is not None):
+        loss = f"**{loss}**"
+    own = [row["seconds_to_adam"] for row in here if row["optimizer"].split(",")[0] == name]
+    times = [seconds for seconds in own if seconds is not None]
+    return f"{loss}; {min(times):.2g} s" if times else loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="study")
     parser.add_argument("--out", type=Path, default=Path("runs/sven_rivals"))
     parser.add_argument("--quick", action="store_true", help="one epoch; no record")
+    parser.add_argument("--table", action="store_true", help="print the record as Markdown, run nothing")
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads((FOLDER / "sven_rivals.json").read_text())["rows"]))
+        return
     rows: list[Row] = []
     for task in given.studies or STUDIES:
         if task.startswith("mnist") and "STEEPEST_DATA" not in os.environ:

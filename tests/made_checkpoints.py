@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from steepest.training.checkpoints.folders import complete_folders
-from steepest.training.checkpoints.manifest import check_files, read_manifest, write_manifest
-from steepest.training.checkpoints.tensors import read_tensors, write_tensors
-from steepest.training.checkpoints.tree import blank, leaves
+from steepest.distributed.checkpoint.folders import complete_folders
+from steepest.distributed.checkpoint.manifest import check_files, read_manifest, write_manifest
+from steepest.distributed.checkpoint.tensors import read_tensors, write_tensors
+from steepest.distributed.checkpoint.tree import blank, leaves
 
 
 def newest(folder: Path) -> Path:

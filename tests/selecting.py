@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from made_checkpoints import manifest_of, tensors_of
+from steepest.distributed.checkpoint.folders import complete_folders
+from steepest.distributed.checkpoint.tree import unpack
 from steepest.selection import Method, Picked, Rows, Run
 from steepest.selection.method import Scope
 
-__all__ = ["CROSS_ENTROPY", "Toy", "ToyRun", "net", "points"]
+__all__ = ["CROSS_ENTROPY", "Toy", "ToyRun", "kept_in", "net", "points"]
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
@@ -64,6 +68,13 @@ class ToyRun(Run):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.total, self.scores, self.ended = dict(state["total"]), list(state["scores"]), list(state["ended"])
+
+
+def kept_in(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a selection holds: what all processes know, and the part of each."""
+    newest = complete_folders(folder)[-1]
+    found: dict[str, Any] = unpack(manifest_of(newest)["state"], tensors_of(newest))
+    return found
 
 
 def points(number: int = 50, classes: int = 3) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from steepest.commands import select as command
 from steepest.commands.select import select_settings
 from steepest.commands.select_progress import SelectionDisplay
 from steepest.commands.select_settings import SelectSettings
+from steepest.distributed.checkpoint.folders import complete_folders
 from steepest.errors import InvalidOptionError
 from steepest.selection.method import Method
 from steepest.selection.report import Progress
@@ -355,10 +356,40 @@ def test_a_checkpoint_of_another_scorer_or_a_damaged_one_is_refused(tmp_path: Pa
     assert run([*QUICK, "--set", "sketch_size=8", *out_of(tmp_path)]) == 2
     assert "of another selection" in capsys.readouterr().err
     checkpoint = tmp_path / "subset.checkpoint"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    (data,) = checkpoint.glob("step-*/*.distcp")
+    data.write_bytes(data.read_bytes()[:500])
     assert run([*QUICK, *out_of(tmp_path)]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is damaged: it has 500 bytes" in capsys.readouterr().err
     assert run([*QUICK, "--fresh", *out_of(tmp_path)]) == 0
+    assert not checkpoint.exists()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path: Path, capsys: Capsys) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted_at((1, 3), patch)
+        assert run([*QUICK, "--checkpoint-every", "0", *out_of(tmp_path)]) == 130
+    older, newer = complete_folders(tmp_path / "subset.checkpoint")
+    (newer / "manifest.json").write_text("{}")
+    capsys.readouterr()
+    assert run([*QUICK, *out_of(tmp_path)]) == 0
+    shown = capsys.readouterr().err
+    assert f"{newer}/manifest.json is damaged" in shown
+    assert f"going on from the one before, {older}" in shown
+    assert shown.count("going on from") == 1
+    assert "pass 1 of 2" not in shown
+
+
+def test_a_checkpoint_that_an_earlier_version_wrote_is_refused_and_thrown_away_on_request(
+    tmp_path: Path, capsys: Capsys
+) -> None:
+    for name in ("subset.checkpoint", "subset.checkpoint.0-of-2"):
+        (tmp_path / name).write_bytes(b"")
+        assert run([*QUICK, "--method", "random", *out_of(tmp_path)]) == 2
+        assert f"{name} is a file, as earlier versions kept a selection under way" in capsys.readouterr().err
+        assert run([*QUICK, "--method", "random", "--fresh", *out_of(tmp_path)]) == 0
+        assert not (tmp_path / name).exists()
+        for path in tmp_path.glob("subset.*"):
+            path.unlink()
 
 
 def test_an_interrupted_check_goes_on_with_the_runs_that_are_left(

@@ -16,7 +16,7 @@ import torch
 
 from made_checkpoints import tensors_of
 from steepest.cli import run
-from steepest.training.checkpoints.folders import complete_folders
+from steepest.distributed.checkpoint.folders import complete_folders
 from steepest.training.records import RecordStore, RunRecord
 
 STEEPEST = [sys.executable, "-m", "steepest.cli"]

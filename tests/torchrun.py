@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from steepest.training.checkpoints.folders import complete_folders
+from steepest.distributed.checkpoint.folders import complete_folders
 
 TRAIN = ("-m", "steepest", "train", "digits", "-o", "adam", "--epochs", "40", "--set", "lr=0.002",
          "--checkpoint-every", "0.3")  # fmt: skip

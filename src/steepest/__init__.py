@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from steepest import nn as nn
-    from steepest.engine import Capture, Jacobian, ReferenceCapture
+    from steepest.engine import BatchedCapture, Capture, Jacobian, ReferenceCapture
     from steepest.errors import (
         CaptureError,
         ClosureError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         KFAC,
         LPSGD,
         LPSGDM,
+        BalancedMetric,
         Cholesky,
         ConstantP,
         CosineAnnealingP,
@@ -69,6 +70,8 @@ __all__ = [
     "LPSGD",
     "LPSGDM",
     "SAGE",
+    "BalancedMetric",
+    "BatchedCapture",
     "Capture",
     "CaptureError",
     "Cholesky",
@@ -114,7 +117,7 @@ __all__ = [
 ]
 
 _ROOMS: dict[str, tuple[str, ...]] = {
-    "engine": ("Capture", "Jacobian", "ReferenceCapture"),
+    "engine": ("BatchedCapture", "Capture", "Jacobian", "ReferenceCapture"),
     "errors": (
         "CaptureError",
         "ClosureError",
@@ -132,6 +135,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "KFAC",
         "LPSGD",
         "LPSGDM",
+        "BalancedMetric",
         "Cholesky",
         "ConstantP",
         "CosineAnnealingP",

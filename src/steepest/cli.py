@@ -117,7 +117,13 @@ _Budget = Annotated[
     float | None,
     typer.Option("--budget-seconds", help="Training seconds per run, instead of epochs or besides them."),
 ]
-_Schedule = Annotated[str | None, typer.Option(help="Learning rate: linear (falls to 0, the default) or constant.")]
+_Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="Learning rate: linear (falls to 0, the default), trapezoidal (falls from three fifths on), constant, or "
+        "auto (linear, but constant for solvers that find the lengths of their steps; the default of equations)."
+    ),
+]
 _BatchSize = Annotated[
     str | None,
     typer.Option(help="Samples per step, or all for the whole training split; each task has its own default."),

@@ -5,7 +5,9 @@ A message says what was found (qualified name, shape, value), why it cannot work
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "ClosureError",
+    "DamagedCheckpointError",
     "InvalidOptionError",
     "NonFiniteError",
     "OutputError",
@@ -45,3 +47,11 @@ class OutputError(SteepestError):
 
 class SelectionError(SteepestError):
     """A selection of data that cannot be made, read, continued or applied to this data."""
+
+
+class CheckpointError(SteepestError):
+    """A checkpoint that cannot be read or belongs to something else."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A folder or a file that is no readable checkpoint of any version."""

@@ -267,7 +267,7 @@ class OtherForward(nn.Linear):
     [
         (nn.ReLU(), r"'1.0' \(ReLU\).*second derivative is zero"),
         (nn.Dropout(), r"'1.0' \(Dropout\).*in training mode"),
-        (nn.LayerNorm(7), r"'1.0' \(LayerNorm\).*ReferenceCapture"),
+        (nn.LayerNorm(7), r"'1.0' \(LayerNorm\).*BatchedCapture"),
         (Custom(), r"'1.0' \(Custom\).*method jet"),
         (OtherForward(7, 7), r"'1.0' \(OtherForward\)"),
         (torch.nn.utils.spectral_norm(nn.Linear(7, 7)), r"'1.0' \(Linear\) has forward hooks"),

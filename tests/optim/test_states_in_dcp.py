@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict as 
 import steepest as st
 from ranks import run_ranks
 from steepest.distributed import Ranks
+from steepest.distributed.checkpoint.tensors import read_tensors, write_tensors
 from steepest.errors import SteepestError
-from steepest.training.checkpoints.tensors import read_tensors, write_tensors
 
 MAKE: dict[str, Callable[[nn.Module], Any]] = {
     "LPSGDM, sharded": lambda net: st.LPSGDM(net.parameters(), lr=0.05, p=6.0, momentum=0.8),

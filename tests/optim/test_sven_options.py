@@ -54,11 +54,14 @@ def signed(model: nn.Module, step: int) -> Tensor:
 
 @pytest.mark.parametrize("rows", ["losses", "residuals"])
 def test_by_default_the_batch_decides(rows: str) -> None:
-    """Leave-one-out in the metric, roots of losses, whole solutions."""
+    """Leave-one-out in the metric, roots of losses, whole solutions, and some decay."""
     output = losses if rows == "losses" else signed
-    options = {"lr": 1.0, "kappa": 1.0, "solver": st.LeaveOneOut(), "metric": st.KroneckerMetric()}
+    options = {
+        "lr": 1.0, "kappa": 1.0, "solver": st.LeaveOneOut(), "metric": st.KroneckerMetric(), "relative_decay": 1e-3,
+    }  # fmt: skip
     assert torch.equal(trained({"rows": rows}, output), trained({"rows": rows, **options}, output))
-    for name, other in (("kappa", 2.0), ("metric", None), ("lr", 0.5), ("solver", st.LeaveOneOut(decay=0.5))):
+    others = {"kappa": 2.0, "metric": None, "lr": 0.5, "solver": st.LeaveOneOut(decay=0.5), "relative_decay": 0.0}
+    for name, other in others.items():
         if (name, rows) != ("kappa", "residuals"):
             changed = trained({"rows": rows, **options, name: other}, output)
             assert not torch.equal(trained({"rows": rows}, output), changed), name
@@ -189,7 +192,7 @@ def test_momentum_in_the_metric_forgets_nothing_of_the_step_before() -> None:
     opt = st.Sven(model, rows="residuals", lr=0.1, momentum=0.5, metric=st.KroneckerMetric(), solver=st.Damped(0.1))
     opt.step(lambda: signed(model, 0))
     first = torch.cat([opt.state[p]["direction"].flatten() for p in model.parameters()])
-    opt._solver = st.Damped(1e12)
+    opt.solver = st.Damped(1e12)
     before = flat(model)
     opt.step(lambda: signed(model, 1))
     torch.testing.assert_close(before - flat(model), 0.1 * 0.5 * first, rtol=1e-8, atol=1e-10)
@@ -276,6 +279,27 @@ def test_steps_that_are_not_finite_are_skipped_and_change_nothing(options: dict[
     assert same(opt.state_dict(), state)
     opt.step(lambda: blocks(model, 1))
     assert seen(opt).num_skipped == 1
+
+
+@pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("after", [0, 3])
+def test_gradients_that_are_not_finite_are_skipped_too(options: dict[str, Any], after: int) -> None:
+    """Of finite rows, at the first step and after others, whether or not the metric is renewed by them."""
+    model = mlp()
+    opt = st.Sven(model, rows="residuals", on_nonfinite="skip", **options)
+    for step in range(after):
+        opt.step(lambda step=step: signed(model, step))
+
+    def steep() -> Tensor:
+        rows = signed(model, 9)
+        return torch.where(torch.arange(len(rows)) == 1, (rows - rows.detach()).sqrt(), rows)
+
+    before = snapshot(model)
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        assert opt.step(steep) is None
+    assert unchanged(model, before)
+    opt.step(lambda: signed(model, 9))
+    assert not unchanged(model, before)
 
 
 @pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from made import make_record
-from steepest.report.live import LiveListener, PlainListener, listener_for, run_line
+from made import make_history, make_record
+from steepest.report.live import LiveListener, PlainListener, epoch_line, listener_for, run_line
 from steepest.training.records import EpochPoint
 from steepest.training.spec import RunSpec
 
@@ -68,3 +68,43 @@ def test_an_optimizer_of_another_version_has_a_line_too() -> None:
     spec = RunSpec("theirs", "unheard_of", {"lr": "auto"})
     record = make_record(task="theirs", optimizer="unheard_of", options={"lr": "auto"})
     assert "unheard_of seed 0" in run_line(spec, record, resumed=False)
+
+
+def told(losses: list[float | None], *, terminal: bool, every_epoch: bool = True) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=200, force_terminal=terminal, color_system=None)
+    with listener_for(console, every_epoch=every_epoch) as listener:
+        listener.begin("comparison", 2)
+        for number in (1, 2):
+            listener.run_started(SPEC, number, 2)
+            for point in make_history(losses):
+                listener.epoch_done(SPEC, point)
+    return file.getvalue()
+
+
+LOST: list[float | None] = [2.0, 0.3, 0.1, 30.0, 40.0, 50.0, 60.0]
+
+
+def test_a_validation_loss_that_blew_up_is_warned_of_once_in_every_run() -> None:
+    words = (
+        "warning: the validation loss has blown up: 40 after epoch 4, 2 before training and 0.1 at its best; "
+        "a smaller lr or more damping shortens the steps"
+    )
+    lines = told(LOST, terminal=False).splitlines()
+    assert [line for line in lines if "warning" in line] == [words] * 2
+    assert lines[lines.index(words) - 1].startswith("epoch   4/3")
+    brief = told(LOST, terminal=False, every_epoch=False).splitlines()
+    assert brief == ["comparison: 2 runs", f"[1/2] {words}", f"[2/2] {words}"]
+    assert words in told(LOST, terminal=True)
+    assert "warning" not in told([2.0, 0.3, 0.1, 30.0, 0.2, 30.0], terminal=False)
+
+
+def test_the_line_of_a_run_tells_where_it_blew_up() -> None:
+    line = run_line(SPEC, make_record(history=make_history(LOST)), resumed=False)
+    assert line.endswith("finished  (the validation loss blew up at epoch 3)")
+    assert "blew up" not in run_line(SPEC, make_record(), resumed=False)
+
+
+def test_a_small_metric_keeps_its_digits() -> None:
+    line = epoch_line(SPEC, EpochPoint(1, 10, 0.5, 0.3, 0.25, {"relative_error": 1.98765e-7, "r2": 1 - 3e-9}))
+    assert "relative_error 1.988e-7  r2 1 - 3.0e-9" in line

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from made import make_problem, make_record
+from made import make_history, make_problem, make_record
+from steepest.report.columns import ending
 from steepest.report.measure import Goals
+from steepest.report.outcome import write_outcome
 from steepest.report.summary import summarise
 from steepest.report.table import cells, headings, markdown_table, print_task_table, summary_json
 from steepest.training.records import Final, MetricNote
@@ -134,3 +137,28 @@ def test_the_goal_of_a_metric_is_told_with_its_name() -> None:
     assert "Goal: validation R2 0.250, given by the user." in file.getvalue()
     goal = json.loads(json.dumps(summary_json([summary])))[0]["goal"]
     assert (goal["metric"], goal["label"], goal["higher_is_better"], goal["value"]) == ("r2", "R2", True, 0.25)
+
+
+def test_a_small_error_keeps_its_digits_in_every_form(tmp_path: Path) -> None:
+    records = [make_record(optimizer=name, seed=seed) for name in ("sven", "sgd") for seed in (0, 1)]
+    for record in records:
+        assert record.final is not None
+        record.final.test_metrics["r2"] = 2.3456e-7
+    (summary,) = summarise(records)
+    assert dict(zip(headings(summary), cells(summary, summary.rows[0]), strict=True))["test R2"][0] == "2.346e-7 ± 0"
+    write_outcome(records, tmp_path, subtitle="")
+    for name in ("report.html", "summary.md"):
+        assert "2.346e-7" in (tmp_path / name).read_text("utf-8")
+    assert json.loads((tmp_path / "summary.json").read_text("utf-8"))["tasks"][0]["rows"][0]["numbers"]["metric"][
+        "mean"
+    ] == pytest.approx(2.3456e-7)
+
+
+def test_a_run_that_blew_up_is_counted_where_the_finished_ones_are() -> None:
+    lost = make_record(seed=1, history=make_history([1.0, 0.05, 3.0, 4.0]))
+    summaries = summarise([make_record(seed=0), lost])
+    (row,) = summaries[0].rows
+    assert ending(row) == "2/2 (1 blew up)"
+    assert json.loads(json.dumps(summary_json(summaries)))[0]["rows"][0]["blow_ups"] == 1
+    gone = make_record(seed=2, status="diverged", final=None, history=lost.history)
+    assert ending(summarise([gone])[0].rows[0]) == "0/1 (1 diverged)"

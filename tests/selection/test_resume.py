@@ -1,6 +1,7 @@
 """A selection that is stopped and continued ends bit for bit as one that never was."""
 
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import steepest as st
-from selecting import CROSS_ENTROPY, Toy, ToyRun, net, points
+from made_checkpoints import change_manifest, reseal
+from selecting import CROSS_ENTROPY, Toy, ToyRun, kept_in, net, points
+from steepest.distributed.checkpoint.folders import complete_folders
 from steepest.errors import InvalidOptionError, OutputError, SelectionError
 from steepest.selection import Progress
 
@@ -33,6 +36,16 @@ def interrupt_after(batches: int, kind: str = "batch") -> Callable[[Progress], N
             raise KeyboardInterrupt
 
     return progress
+
+
+def stood(folder: Path) -> tuple[int, int, int]:
+    state = kept_in(folder)
+    (share,) = state["shares"]
+    return state["common"]["number"], share["batch"], len(share["run"]["scores"])
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same(one: st.Selection, other: st.Selection) -> None:
@@ -115,8 +128,7 @@ def test_a_signal_within_a_batch_waits_for_its_end(tmp_path: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             choose(tmp_path / "c")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    state = torch.load(tmp_path / "c", weights_only=True)["state"]
-    assert (state["number"], state["batch"], len(state["run"]["scores"])) == (1, 3, 3)
+    assert stood(tmp_path / "c") == (1, 3, 3)
     same(choose(tmp_path / "c"), choose(None))
 
 
@@ -134,8 +146,7 @@ def test_an_interrupt_within_an_update_leaves_the_last_whole_state(
         patch.setattr(ToyRun, "update", torn)
         with pytest.raises(KeyboardInterrupt):
             choose(tmp_path / "c", checkpoint_every=0.0)
-    state = torch.load(tmp_path / "c", weights_only=True)["state"]
-    assert (state["number"], state["batch"], len(state["run"]["scores"])) == (1, 2, 2)
+    assert stood(tmp_path / "c") == (1, 2, 2)
     same(choose(tmp_path / "c"), choose(None))
 
 
@@ -191,10 +202,10 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(
     file = tmp_path / "c"
     with pytest.raises(KeyboardInterrupt):
         choose(file, progress=interrupt_after(3))
-    before = file.read_bytes()
+    before = bytes_in(file)
     with pytest.raises(SelectionError, match=f"{message}.*delete it to begin anew"):
         choose(file, **options)
-    assert file.read_bytes() == before
+    assert bytes_in(file) == before
 
 
 def test_data_that_changed_beyond_the_first_batch_are_found_by_the_next_pass(tmp_path: Path) -> None:
@@ -208,59 +219,135 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c"
     with pytest.raises(KeyboardInterrupt):
         choose(file, progress=interrupt_after(3))
-    content = torch.load(file, weights_only=True)
-    content["identity"]["torch"] = "1.0"
-    torch.save(content, file)
+    (step,) = complete_folders(file)
+    change_manifest(step, lambda content: content["identity"].update(torch="1.0"))
     with pytest.raises(SelectionError, match=r"its torch was '1\.0' and is "):
         choose(file)
-    content["format"] = 99
-    torch.save(content, file)
-    with pytest.raises(SelectionError, match="has selection checkpoint format 99, this steepest reads 1"):
+    change_manifest(step, lambda content: content.update(kind="selection 3"))
+    with pytest.raises(SelectionError, match="is a checkpoint of 'selection 3', and this steepest reads 'selection 2'"):
+        choose(file)
+    change_manifest(step, lambda content: content.update(format=99))
+    with pytest.raises(SelectionError, match=r"has checkpoint format 99, this steepest reads \d+; delete it to begin"):
         choose(file)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "foreign", "incomplete"])
-def test_a_damaged_checkpoint_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+def flipped(step: Path) -> None:
+    (data,) = step.glob("*.distcp")
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+
+
+def cut(step: Path) -> None:
+    (data,) = step.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-40])
+
+
+def forged(step: Path) -> None:
+    (step / ".metadata").write_bytes(pickle.dumps(Path.cwd))
+    reseal(step)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flipped, "is damaged: its SHA-256 is not the one"),
+    "cut": (cut, "is damaged: it has"),
+    "forged": (forged, r"\.metadata cannot be read \(it asks for"),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "text": (lambda step: (step / "manifest.json").write_text("no checkpoint"), "manifest.json cannot be read"),
+    "empty": (lambda step: (step / "manifest.json").write_text(""), "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage: str, tmp_path: Path) -> None:
+    file, (harm, message) = tmp_path / "c", DAMAGE[damage]
+    with pytest.raises(KeyboardInterrupt):
+        choose(file, progress=interrupt_after(9), checkpoint_every=0.0)
+    older, newer = complete_folders(file)
+    harm(newer)
+    told: list[Progress] = []
+    with pytest.warns(UserWarning, match=f"{newer.name}.*{message}.*going on from the one before, .*{older.name}"):
+        continued = choose(file, progress=told.append)
+    assert next((step.pass_number, step.batch) for step in told if step.kind == "batch") == (1, 2)
+    same(continued, choose(None))
+    assert not file.exists()
+
+
+def test_a_damaged_checkpoint_never_drives_out_a_whole_one(tmp_path: Path) -> None:
     file = tmp_path / "c"
     with pytest.raises(KeyboardInterrupt):
-        choose(file, progress=interrupt_after(9))
-    raw = bytearray(file.read_bytes())
-    if damage == "foreign":
-        torch.save([1, 2], file)
-    elif damage == "incomplete":
-        content = torch.load(file, weights_only=True)
-        del content["state"]["run"]
-        torch.save(content, file)
-    else:
-        raw[raw.index(b"toy")] ^= 1
-        texts = {"empty": b"", "text": b"no checkpoint", "truncated": bytes(raw[:-40]), "flipped": bytes(raw)}
-        file.write_bytes(texts[damage])
+        choose(file, progress=interrupt_after(9), checkpoint_every=0.0)
+    flipped(complete_folders(file)[-1])
+    with pytest.warns(UserWarning, match="going on from"), pytest.raises(KeyboardInterrupt):
+        choose(file, progress=interrupt_after(1))
+    flipped(complete_folders(file)[-1])
+    with pytest.warns(UserWarning, match="going on from"):
+        same(choose(file), choose(None))
+
+
+def test_a_selection_whose_checkpoints_are_all_damaged_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "c"
+    with pytest.raises(KeyboardInterrupt):
+        choose(file, progress=interrupt_after(9), checkpoint_every=0.0)
+    older, newer = complete_folders(file)
+    for step in (older, newer):
+        flipped(step)
     with pytest.raises(
-        SelectionError, match=r"c .*(cannot be read|damaged|format|not complete).*delete it to begin anew"
+        SelectionError, match=f"{newer.name}.*damaged.*{older.name}.*damaged.*; delete it to begin anew"
     ):
         choose(file)
 
 
+def test_a_state_that_lacks_something_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c"
+    with pytest.raises(KeyboardInterrupt):
+        choose(file, progress=interrupt_after(9))
+    (step,) = complete_folders(file)
+    change_manifest(step, lambda content: content["state"]["shares"][0].pop("run"))
+    with pytest.raises(SelectionError, match=r"is not complete \('run'\); .*delete it to begin anew"):
+        choose(file)
+    change_manifest(step, lambda content: content.pop("kind"))
+    with pytest.raises(SelectionError, match="is a checkpoint of 'a run'"):
+        choose(file)
+
+
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "none" / "c"):
-        with pytest.raises(SelectionError, match="cannot be written: name a file in a folder that can be"):
-            choose(place)
+    with pytest.raises(SelectionError, match="cannot be written: name a folder of its own, within one that can be"):
+        choose(tmp_path / "none" / "c")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SelectionError, match=r"with other things in it \(notes.txt\): name a folder of its own"):
+        choose(tmp_path)
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["c", "c.0-of-2"])
+def test_a_file_that_an_earlier_version_wrote_is_refused_and_kept(name: str, tmp_path: Path) -> None:
+    torch.save({"format": 1}, tmp_path / name)
+    with pytest.raises(SelectionError, match=f"{name} is a file, as earlier versions kept a selection.*delete it to"):
+        choose(tmp_path / "c")
+    assert (tmp_path / name).exists()
+
+
+def test_an_empty_folder_may_be_the_place(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    same(choose(tmp_path / "c"), choose(None))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c"
     with pytest.raises(KeyboardInterrupt):
         choose(file, progress=interrupt_after(3))
-    before = file.read_bytes()
+    before = bytes_in(file)
 
     def killed(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("steepest._files.os.fsync", killed)
+        patch.setattr("steepest.distributed.checkpoint.manifest.os.fsync", killed)
         with pytest.raises(OutputError, match="No space left on device"):
             choose(file, checkpoint_every=0.0)
-    assert file.read_bytes() == before
+    assert bytes_in(file) == before
     assert list(tmp_path.iterdir()) == [file]
     same(choose(file), choose(None))
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from made_checkpoints import change_manifest, forge, manifest_of, newest
+from steepest.distributed.checkpoint import together
+from steepest.distributed.checkpoint.folders import complete_folders
 from steepest.training import spec
 from steepest.training.checkpoint import Keeping, saved_settings
-from steepest.training.checkpoints import identity, together
-from steepest.training.checkpoints.folders import complete_folders
+from steepest.training.checkpoints import identity
 from steepest.training.compare import resolve_options
 from steepest.training.errors import CheckpointError, OutputError
 from steepest.training.execute import execute

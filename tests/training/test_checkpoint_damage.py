@@ -17,10 +17,11 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from made_checkpoints import forge, newest, reseal, tensors_of
 from steepest.cli import run
+from steepest.distributed.checkpoint.folders import complete_folders
+from steepest.distributed.checkpoint.manifest import read_manifest
+from steepest.distributed.checkpoint.together import choose
 from steepest.training.checkpoint import Keeping, forget, saved_settings
-from steepest.training.checkpoints.folders import complete_folders
-from steepest.training.checkpoints.manifest import read_manifest
-from steepest.training.checkpoints.together import choose
+from steepest.training.checkpoints.old import refuse_old_files
 from steepest.training.errors import CheckpointError, DamagedCheckpointError
 from steepest.training.execute import execute
 from steepest.training.records import RunRecord
@@ -221,7 +222,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_thrown_away_on_reques
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "records", "report.html"]
     (tmp_path / "own").write_bytes(b"")
     with pytest.raises(CheckpointError, match="earlier version"):
-        choose(tmp_path / "own", None, print)
+        refuse_old_files(tmp_path / "own")
 
 
 # In one process that forks: its children die at every call that changes files, and then at random moments.
@@ -229,10 +230,10 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from steepest.training.checkpoints.manifest import FORMAT
-from steepest.training.checkpoints.together import choose, write_checkpoint
-from steepest.training.checkpoints.tree import blank, leaves, pack
-from steepest.training.checkpoints.tensors import read_tensors
+from steepest.distributed.checkpoint.manifest import FORMAT
+from steepest.distributed.checkpoint.together import choose, write_checkpoint
+from steepest.distributed.checkpoint.tree import blank, leaves, pack
+from steepest.distributed.checkpoint.tensors import read_tensors
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

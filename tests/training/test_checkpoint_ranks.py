@@ -11,9 +11,9 @@ import torch
 
 from made_checkpoints import manifest_of, newest, tensors_of
 from ranks import run_ranks
+from steepest.distributed.checkpoint import tensors as tensor_files
+from steepest.distributed.checkpoint.folders import complete_folders
 from steepest.training.checkpoint import Keeping
-from steepest.training.checkpoints import tensors as tensor_files
-from steepest.training.checkpoints.folders import complete_folders
 from steepest.training.compare import resolve_options
 from steepest.training.errors import CheckpointError, DamagedCheckpointError, OutputError
 from steepest.training.execute import execute

@@ -14,10 +14,10 @@ from torch import nn
 
 from steepest.cli import run
 from steepest.commands import train as command
+from steepest.distributed.checkpoint.tensors import read_tensors, write_tensors
+from steepest.distributed.checkpoint.tree import blank, leaves, pack, unpack
 from steepest.training.checkpoint import Keeping
 from steepest.training.checkpoints.names import by_name, by_number
-from steepest.training.checkpoints.tensors import read_tensors, write_tensors
-from steepest.training.checkpoints.tree import blank, leaves, pack, unpack
 from steepest.training.errors import CheckpointError, DamagedCheckpointError
 
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_kept_is_named(wrong: Any) -> None:
 
 def test_tensors_that_are_not_there_are_damage(tmp_path: Path) -> None:
     write_tensors(tmp_path, {"a": torch.ones(2)}, None)
-    with pytest.raises(DamagedCheckpointError, match=r"cannot be read \(.*b.*--fresh"):
+    with pytest.raises(DamagedCheckpointError, match=r"cannot be read \(.*b"):
         read_tensors(tmp_path, {"b": torch.ones(2)}, None)
     with pytest.raises(DamagedCheckpointError, match="cannot be read"):
         read_tensors(tmp_path, {"a": torch.ones(3)}, None)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from steepest.cli import run
 from steepest.errors import InvalidOptionError
 from steepest.nn import Jet, WithDerivatives
+from steepest.optim import Damped, LevenbergMarquardt
 from steepest.training.checkpoint import Keeping
 from steepest.training.cole_hopf import burgers
-from steepest.training.compare import resolve_options
+from steepest.training.compare import Request, plan_runs, resolve_options
 from steepest.training.conditions import Condition, Conditions, value
 from steepest.training.data import Split
 from steepest.training.evaluate import evaluate
@@ -22,6 +23,7 @@ from steepest.training.execute import execute
 from steepest.training.points import edge, grid, sobol
 from steepest.training.records import RecordStore
 from steepest.training.registry import optimizers, tasks
+from steepest.training.source import Source
 from steepest.training.spec import RunSpec
 from steepest.training.task import Task
 from steepest.training.tasks.equations_data import _load_fit
@@ -134,6 +136,54 @@ def test_the_mean_loss_is_the_weighted_sum_of_mean_squares_whatever_the_numbers_
     order = torch.randperm(8)
     shuffled = loss.residuals(outputs[order], targets[order])
     torch.testing.assert_close(shuffled, loss.residuals(outputs, targets)[order])
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_the_loss_of_another_split_weighs_its_conditions_as_the_loss_says(name: str) -> None:
+    """A grid for the error has other numbers of points than the training: they must not change the weights."""
+    task = get_task(name)
+    loss, splits = task.loss, task.load(0)
+    assert isinstance(loss, Conditions)
+    model = task.model(splits.shape)
+    for split in (splits.train, splits.val, splits.test):
+        outputs = model(split.inputs)
+        weighted = loss.residuals(outputs, split.targets)
+        expected = 0.0
+        for number, condition in enumerate(loss.conditions):
+            here = split.targets[:, 0] == number
+            plain = weighted[here] / (condition.weight * loss.num_points / condition.points) ** 0.5
+            expected += condition.weight * plain.square().mean().item()
+        assert evaluate(task, model, split).loss == pytest.approx(expected, rel=1e-12)
+    at_training = evaluate(task, model, splits.train).loss
+    assert at_training == pytest.approx(
+        loss.per_sample(model(splits.train.inputs), splits.train.targets).mean().item(), rel=1e-12
+    )
+
+
+def test_a_split_without_a_condition_has_the_loss_of_the_others() -> None:
+    loss = Conditions((Condition("a", value, 2.0, 3), Condition("b", value, 5.0, 9)), num_inputs=1)
+    outputs = torch.randn(4, 2)
+    found = loss.mean(outputs, torch.zeros(4, 3))
+    torch.testing.assert_close(found, 2 * outputs[:, 0].double().square().mean(), check_dtype=False)
+
+
+def test_sven_on_an_equation_tries_its_steps_out_at_a_rate_that_stays() -> None:
+    for name in EQUATIONS:
+        specs = plan_runs(Request([Source(name)], ["sven", "adam"], [0]))
+        # Of the fit to noisy values the bottom is no aim.
+        assert isinstance(specs[0].options["solver"], Damped if name == "constrained_fit" else LevenbergMarquardt)
+        assert {spec.schedule for spec in specs} == {"auto"}
+        assert not any(spec.untuned for spec in specs)
+    (spec,) = plan_runs(Request([Source("poisson_2d")], ["sven"], [0], schedule="linear"))
+    assert spec.schedule == "linear"
+    (spec,) = plan_runs(Request([Source("toy_1d")], ["sven"], [0]))
+    assert spec.schedule == "linear"
+
+
+def test_a_run_untouched_goes_far_below_what_a_fixed_damping_reached(tmp_path: Path) -> None:
+    assert run(["train", "poisson_2d", "--epochs", "40", "--out", str(tmp_path)]) == 0
+    (record,) = RecordStore(tmp_path / "records").read_all()
+    assert record.history[-1].val_metrics["relative_error"] < 1e-5  # type: ignore[operator]
 
 
 def test_a_model_without_derivatives_is_refused() -> None:

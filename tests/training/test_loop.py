@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steepest.optim import Damped
+from steepest.optim import Damped, LeaveOneOut, LevenbergMarquardt
 from steepest.training import loop
 from steepest.training.data import epoch_order
 from steepest.training.execute import execute
@@ -128,12 +128,44 @@ def test_the_clock_leaves_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> Non
     assert record.seconds < 0.2
 
 
-@pytest.mark.parametrize(("schedule", "rates"), [("linear", [1.0, 0.75, 0.5, 0.25]), ("constant", [1.0] * 4)])
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("linear", [1.0, 0.75, 0.5, 0.25]), ("trapezoidal", [1.0, 1.0, 1.0, 0.625]), ("constant", [1.0] * 4)],
+)
 def test_the_schedule_follows_the_budget(watch: Watch, schedule: str, rates: list[float]) -> None:
     seen: list[float] = []
     watch("sgd", lambda optimizer, _model, _inputs: seen.append(optimizer.param_groups[0]["lr"]))
     execute(replace(SPEC, options={"lr": 0.02}, schedule=schedule, batch_size=128))  # type: ignore[arg-type]
     assert seen[3:] == pytest.approx([0.02 * rate for rate in rates])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "solver", "falls"),
+    [
+        ("auto", LevenbergMarquardt(), False),
+        ("auto", LeaveOneOut(), False),
+        ("auto", None, False),
+        ("auto", Damped(), True),
+        ("linear", LevenbergMarquardt(), True),
+        ("constant", Damped(), False),
+    ],
+)
+def test_the_automatic_schedule_leaves_the_rate_of_solvers_that_find_the_length(
+    watch: Watch, schedule: str, solver: object, falls: bool
+) -> None:
+    seen: list[float] = []
+    watch("sven", lambda optimizer, _model, _inputs: seen.append(optimizer.param_groups[0]["lr"]))
+    options = {"lr": 0.5, "rows": "residuals"} | ({} if solver is None else {"solver": solver})
+    spec = RunSpec("constrained_fit", "sven", options, epochs=4, batch_size=64, schedule=schedule)  # type: ignore[arg-type]
+    assert execute(spec).error is None
+    assert seen[3:] == pytest.approx([0.5, 0.375, 0.25, 0.125] if falls else [0.5] * 4)
+
+
+def test_the_automatic_schedule_falls_for_others(watch: Watch) -> None:
+    seen: list[float] = []
+    watch("adam", lambda optimizer, _model, _inputs: seen.append(optimizer.param_groups[0]["lr"]))
+    execute(RunSpec("constrained_fit", "adam", {"lr": 0.5}, epochs=2, batch_size=64, schedule="auto"))
+    assert seen[3:] == pytest.approx([0.5, 0.25])
 
 
 def test_a_budget_of_seconds_ends_the_run(watch: Watch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from steepest.training.checkpoints.folders import complete_folders
+from steepest.distributed.checkpoint.folders import complete_folders
 from torchrun import TRAIN, losses_in, torchrun, wait_for_checkpoint, wait_for_workers, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")]

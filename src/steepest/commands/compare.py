@@ -12,6 +12,7 @@ from steepest.errors import InvalidOptionError
 from steepest.report.live import listener_for
 from steepest.report.measure import Goals
 from steepest.report.outcome import write_outcome
+from steepest.report.words import listing
 from steepest.training.compare import Execute, plan_runs, run_all
 from steepest.training.execute import execute
 from steepest.training.isolate import execute_isolated
@@ -130,7 +131,8 @@ def _trials(settings: CompareSettings, specs: Sequence[RunSpec]) -> list[RunSpec
 
 def _subtitle(settings: CompareSettings, records: Sequence[RunRecord]) -> str:
     machine = records[0].environment.get("gpu") or records[0].environment.get("cpu")
-    return f"{settings.seeds} seeds, {settings.schedule} learning rate, {machine}"
+    schedules = listing(sorted({record.schedule for record in records}))
+    return f"{settings.seeds} seeds, {schedules} learning rate, {machine}"
 
 
 def _print_choices(console: Console, choices: Sequence[Choice]) -> None:

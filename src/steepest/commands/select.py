@@ -26,7 +26,7 @@ from steepest.commands.select_shared import ignore_signals, is_there, leads, sig
 from steepest.distributed.ranks import RankError
 from steepest.report.selection import write_selection_page
 from steepest.report.selection_words import Scorer, Selected, cost
-from steepest.selection import Selection, select_subset
+from steepest.selection import Keep, Selection, select_subset
 from steepest.selection.together import Together, attempt
 from steepest.training.environment import environment_row
 from steepest.training.processes import check_shares, if_lost, launched, process_group
@@ -176,8 +176,11 @@ def _choose(job: Job, model: nn.Module | None) -> Selection:
             method=job.method,
             reference=pair(job.splits.val) if by_reference else None,
             progress=display.told,
-            checkpoint=job.places.checkpoint,
-            checkpoint_every=settings.checkpoint_every,
+            checkpoint=Keep(
+                job.places.checkpoint,
+                settings.checkpoint_every,
+                say=lambda text: job.errors.print(text, soft_wrap=True),
+            ),
         )
     if by_reference:
         note = "The validation split was the reference, so validation numbers of the subset are not independent of it."

@@ -108,7 +108,7 @@ def make_scorer(
 
 
 def _refuse_begun(places: Places) -> None:
-    begun = next((path for path in (places.subset, *places.checkpoints()) if path.exists()), None)
+    begun = next((path for path in (places.subset, places.checkpoint) if path.exists()), None)
     if begun is not None:
         raise SelectionError(
             f"{begun} is of a selection whose scorer is not the one that these settings make: use those that it "

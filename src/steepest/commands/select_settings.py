@@ -190,11 +190,11 @@ class Places:
 
     @property
     def checkpoint(self) -> Path:
-        """The selection under way."""
+        """The selection under way, a folder."""
         return self._named("checkpoint")
 
-    def checkpoints(self) -> list[Path]:
-        """Files of the selection under way; of several processes each has one."""
+    def old_checkpoints(self) -> list[Path]:
+        """Files in which earlier versions kept a selection under way; each of several processes had one."""
         pattern = f"{glob.escape(self.checkpoint.name)}.*-of-*"
         return [self.checkpoint, *sorted(self.folder.glob(pattern))]
 
@@ -232,7 +232,8 @@ class Places:
             raise OutputError(f"{self.subset} cannot be written ({why(error)}): name another file with -o") from error
         if fresh:
             written = (self.page, self.subset, self.words)
-            for path in (*written, *self.checkpoints(), self.scorer, self.check):
+            forget(self.checkpoint)
+            for path in (*written, *self.old_checkpoints(), self.scorer, self.check):
                 if weights is None or path.resolve() != Path(weights).resolve():
                     path.unlink(missing_ok=True)
             forget(self.scorer_checkpoints)

@@ -1,12 +1,14 @@
 """Small things that every process must know of all, and failures that must be everybody's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar, cast
+
+import torch
 
 from steepest.distributed.ranks import RankError, Ranks
 from steepest.errors import InvalidOptionError, NonFiniteError
 
-__all__ = ["NonFiniteRankError", "check_alike", "fail_together", "tell"]
+__all__ = ["NonFiniteRankError", "attempt_together", "check_alike", "fail_together", "tell"]
 
 T = TypeVar("T")
 
@@ -55,6 +57,30 @@ def fail_together(ranks: Ranks, error: Exception | None) -> NoReturn:
     """
     tell(ranks, None, error)
     raise RuntimeError("A failure was marked, but no rank has one.")
+
+
+def attempt_together(ranks: Ranks, compute: Callable[[], T], device: torch.device) -> T:
+    """Do this rank's part of something; where it fails on one rank it fails on all. Every rank must come here.
+
+    Args:
+        ranks: The ranks, which sum 8 bytes.
+        compute: What may fail.
+        device: Where messages come from.
+
+    Returns:
+        What it gave.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = compute()
+    except Exception as error:
+        failure = error
+    failures = torch.full((1,), float(failure is not None), dtype=torch.float64, device=device)
+    ranks.sum_([failures])
+    if failures.item() > 0:
+        fail_together(ranks, failure)
+    return cast("T", result)
 
 
 def check_alike(what: str, told: Sequence[Mapping[str, object]], remedy: str) -> None:

@@ -16,7 +16,7 @@ from steepest.engine.jacobian import RowSketch, caller_independent
 from steepest.engine.records import KroneckerFactors
 from steepest.errors import InvalidOptionError
 
-__all__ = ["SpreadJacobian"]
+__all__ = ["SpreadJacobian", "own_rows"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,27 @@ class SpreadJacobian(Jacobian):
         """This rank's rows."""
         return self._local
 
+    @property
+    def own(self) -> slice:
+        """Where this rank's rows lie among those of all."""
+        return self._own
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks."""
+        return self._ranks
+
+    def with_local(self, local: Jacobian) -> "SpreadJacobian":
+        """Take other columns, which every rank has made in the same way and without failing.
+
+        Args:
+            local: A Jacobian of this rank's rows.
+
+        Returns:
+            The Jacobian of all rows.
+        """
+        return SpreadJacobian(local, self._ranks, self._counts)
+
     def mapped(self, change: Callable[[Jacobian], Jacobian]) -> "SpreadJacobian":
         """Change the columns of every rank's rows in the same way.
 
@@ -51,7 +72,7 @@ class SpreadJacobian(Jacobian):
         Returns:
             The Jacobian of all rows.
         """
-        return SpreadJacobian(self._alike(lambda: change(self._local)), self._ranks, self._counts)
+        return self.with_local(self._alike(lambda: change(self._local)))
 
     @caller_independent
     def gram(self, precision: Precision = "float64") -> Tensor:
@@ -191,3 +212,16 @@ class SpreadJacobian(Jacobian):
             failure = error
         tell(self._ranks, None, failure)
         return result  # type: ignore[return-value]
+
+
+def own_rows(jacobian: Jacobian, rows: Tensor) -> Tensor:
+    """What this process has of numbers that belong to all rows.
+
+    Args:
+        jacobian: Of one process, or spread over several.
+        rows: ``[R]``.
+
+    Returns:
+        A part of them, or all.
+    """
+    return rows[jacobian.own] if isinstance(jacobian, SpreadJacobian) else rows

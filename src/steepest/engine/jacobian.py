@@ -10,8 +10,10 @@ from torch import Tensor
 
 from steepest._typing import Precision, Sharing
 from steepest._validation import check_choice
+from steepest.engine.columns import check_columns, check_vector, layer_positions, shaped_vectors
 from steepest.engine.records import KroneckerFactors, Record, as_rows
-from steepest.errors import InvalidOptionError, UnsupportedModelError
+from steepest.errors import InvalidOptionError
+from steepest.linalg.outer import outer
 
 __all__ = ["Jacobian", "RowSketch", "caller_independent"]
 
@@ -191,12 +193,7 @@ class Jacobian:
             InvalidOptionError: If ``precision`` is something else, or K has other parameters.
         """
         check_choice("precision", precision, ("float64", "float32"))
-        if other.shapes != self.shapes:
-            odd = sorted(n for n in {*self._shapes, *other.shapes} if self._shapes.get(n) != other.shapes.get(n))
-            raise InvalidOptionError(
-                f"Two Jacobians of different parameters have no products: {', '.join(map(repr, odd))} is missing in "
-                "one of them or has another shape. Make both with the same params, and restrict both alike."
-            )
+        check_columns(self._shapes, other.shapes)
         dtype = torch.float64 if precision == "float64" else torch.float32
         gram = torch.zeros(self._num_rows, other.num_rows, dtype=dtype, device=self._device)
         for record in self._records:
@@ -217,7 +214,7 @@ class Jacobian:
             ``[P, P]`` and ``[P]``, parameters in the order of `to_dense`.
         """
         dense = self.to_dense(dtype)
-        return dense.T @ dense, dense.T @ rhs.to(dtype)
+        return outer(dense.T), dense.T @ rhs.to(dtype)
 
     @caller_independent
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
@@ -272,13 +269,7 @@ class Jacobian:
         Raises:
             InvalidOptionError: If a parameter is missing or has another shape.
         """
-        for name, shape in self._shapes.items():
-            found = tuple(vector[name].shape) if name in vector else None
-            if found != tuple(shape):
-                raise InvalidOptionError(
-                    f"jvp vector for {name!r} is {'missing' if found is None else f'of shape {found}'}: "
-                    f"give a tensor of shape {tuple(shape)} for every parameter."
-                )
+        check_vector(self._shapes, vector)
         out = torch.zeros(self._num_rows, dtype=self._dtype, device=self._device)
         for record in self._records:
             out = out + record.jvp(vector)
@@ -321,30 +312,12 @@ class Jacobian:
         Raises:
             InvalidOptionError: If the vectors belong to other parameters or have other shapes.
         """
-        shaped = self._shaped(vectors)
+        shaped = shaped_vectors(self._shapes, vectors)
         count = len(next(iter(shaped.values())))
         out = torch.zeros(self._num_rows, count, dtype=self._dtype, device=self._device)
         for record in self._records:
             out = out + record.project(shaped, self._max_memory)
         return out
-
-    def _shaped(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Check a stack of vectors in parameter space, and bring it to the parameters' shapes."""
-        if vectors.keys() != self._shapes.keys():
-            odd = sorted(vectors.keys() ^ self._shapes.keys())
-            raise InvalidOptionError(
-                f"The vectors and the Jacobian do not belong to the same parameters: only one of them has "
-                f"{', '.join(map(repr, odd))}. Make both with the same params."
-            )
-        count = len(next(iter(vectors.values())))
-        for name, shape in self._shapes.items():
-            found = tuple(vectors[name].shape)
-            if found not in {(count, *shape), (count, shape.numel())}:
-                raise InvalidOptionError(
-                    f"The vectors for {name!r} have shape {found}: give {count} of them, as for the other parameters, "
-                    f"in a tensor of shape {(count, *shape)}."
-                )
-        return {n: vectors[n].detach().reshape(count, *shape) for n, shape in self._shapes.items()}
 
     @caller_independent
     def squared_norms(self) -> Tensor:
@@ -373,21 +346,7 @@ class Jacobian:
             InvalidOptionError: If the rows have no such parameter.
             UnsupportedModelError: If its layer has no such form, or is no layer of its own.
         """
-        for record in self._records:
-            if weight == record.names[0]:
-                try:
-                    return record.positions("expand")
-                except NotImplementedError:
-                    break
-        if weight not in self._shapes:
-            raise InvalidOptionError(
-                f"The Jacobian has no parameter {weight!r}: give the weight of a layer among {', '.join(self.names)}."
-            )
-        raise UnsupportedModelError(
-            f"Parameter {weight!r} is not the weight of a linear layer or an ungrouped convolution that the rows use "
-            "and that stands for itself (untied, not computed from others, captured by steepest.Capture): it has no "
-            "inputs to return. Use per_sample_grads(), or name another layer."
-        )
+        return layer_positions(self._records, self._shapes, weight)
 
     @caller_independent
     def sketch_into(self, sketch: RowSketch) -> None:

@@ -211,6 +211,11 @@ class Record(ABC):
             matrix = torch.cat([matrix, grads[bias[0]].unsqueeze(2)], 2)
         return MaterializedRecord({weight: product(grad_root.to(matrix).mT, matrix, input_root.to(matrix))})
 
+    def scaled(self, factor: float) -> "Record":
+        """The rows times a number."""
+        options, tensors = self.parts()
+        return self.of_parts(options, (*tensors[:-1], tensors[-1] * factor))  # the last one is the output gradients
+
     def second_moment(self, grad_basis: Tensor, input_basis: Tensor) -> Tensor:
         """Mean square of the rows in the eigenbasis of A and S, ``[d_out, d_in (+ 1)]``."""
         return second_moment(grad_basis, input_basis, *self.positions("expand"))
@@ -253,6 +258,10 @@ class MaterializedRecord(Record):
     def of_parts(cls, options: tuple[Any, ...], tensors: Sequence[Tensor]) -> "MaterializedRecord":
         """Join them again."""
         return MaterializedRecord(dict(zip(options, tensors, strict=True)))
+
+    def scaled(self, factor: float) -> "MaterializedRecord":
+        """The rows times a number."""
+        return MaterializedRecord({name: grad * factor for name, grad in self._grads.items()})
 
     def vjp(self, weights: Tensor) -> dict[str, Tensor]:
         """``J^T w`` as one product per parameter."""

@@ -80,7 +80,7 @@ class TapeMode(TorchFunctionMode):
             raise CaptureError(
                 f"{func.__module__}.{func.__qualname__}() was called inside the capture: its result depends on the "
                 "parameters in ways that the records do not hold. Remedy: return the rows themselves and leave the "
-                "backward to the engine; for rows made of derivatives in the inputs use steepest.ReferenceCapture."
+                "backward to the engine; for rows made of derivatives in the inputs use steepest.BatchedCapture."
             )
         if func is F.batch_norm:
             norm.refuse_batch_statistics(tape, *args, **kwargs)

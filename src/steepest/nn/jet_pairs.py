@@ -34,7 +34,7 @@ def wanted_pairs(d: int, order: int, second: Second) -> Pairs:
         raise InvalidOptionError(
             f"order={order}: first and second derivatives are computed, so give 1 or 2. For higher ones call "
             "torch.autograd.grad with create_graph=True in the closure, and give the optimizer "
-            "capture=ReferenceCapture(model)."
+            "capture=BatchedCapture(model)."
         )
     if order == 1:
         return ()

@@ -19,7 +19,7 @@ _REMEDY = (
     "Remedy: build the network from Sequential, Linear, Tanh, Sigmoid, GELU, SiLU, Softplus and the layers of "
     "steepest.nn (Sine, FourierFeatures, Affine), give the module a method jet(self, jet) of its own, or compute the "
     "derivatives by torch.autograd.grad(..., create_graph=True) in the closure and give the optimizer "
-    "capture=ReferenceCapture(model) (slow, exact for everything)."
+    "capture=BatchedCapture(model)."
 )
 
 

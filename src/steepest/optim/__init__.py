@@ -1,6 +1,7 @@
 """Optimizers: each a real torch.optim.Optimizer, fed by the engine."""
 
 from steepest.linalg.kronecker import Cholesky, Eigenbasis, EigenbasisCorrected
+from steepest.optim.balance import BalancedMetric
 from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.fop import FOP, LayerDiagnostics
 from steepest.optim.ggn import ggn_rows
@@ -20,6 +21,7 @@ __all__ = [
     "KFAC",
     "LPSGD",
     "LPSGDM",
+    "BalancedMetric",
     "Cholesky",
     "ConstantP",
     "CosineAnnealingP",

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from steepest._validation import check_integer, check_real
+from steepest.distributed.jacobian import own_rows
 from steepest.engine import Jacobian
-from steepest.errors import NonFiniteError
-from steepest.optim.gram import Solution, flatten, unflatten
+from steepest.optim.damped import DampedSystem
+from steepest.optim.gram import Solution
 
 __all__ = ["LevenbergMarquardt", "search"]
 
@@ -34,6 +35,13 @@ class LevenbergMarquardt:
     For closures that give the same rows at the same parameters: a fixed set of conditions. On changing batches every
     batch would accept what suits itself; `LeaveOneOut` is for those. With more than ``max_primal`` parameters the
     system is solved in dual form, R x R, without the scaling; ``J^T J`` has P^2 numbers in float64.
+
+    Several processes: every one holds its own rows, and the step is that of one process with all of them, as is the
+    choice between the two forms. In primal form a step sums ``8 (P^2 + P) + 8`` bytes, once; every try broadcasts
+    ``8 P + 8`` and sums 16, and its acceleration sums ``8 P + 8`` and broadcasts as many. In dual form the Gram is
+    formed as in every step of `Sven`, and ``8 M`` bytes are gathered for the M rows of the rank that has most; every
+    try broadcasts ``8 R + 8`` and sums ``P s + 24`` for parameters of s bytes, and its acceleration gathers ``8 M``,
+    broadcasts ``8 R + 8`` and sums ``P s + 16``.
 
     Args:
         damping: First lambda.
@@ -86,9 +94,9 @@ class LevenbergMarquardt:
         Returns:
             The direction, untried.
         """
-        system = _Damped(self, jacobian, None)
+        system = DampedSystem(jacobian, self.max_primal, None)
         system.damp(self.damping)
-        return system.solution(system.solved(rhs))
+        return system.solution(system.solved(system.target(own_rows(jacobian, rhs))))
 
 
 class Trial(Protocol):
@@ -96,76 +104,17 @@ class Trial(Protocol):
 
     @property
     def rows(self) -> Tensor:
-        """The rows before any step."""
+        """The rows before any step, of this process."""
 
     @property
     def before(self) -> float:
-        """The sum of their squares."""
+        """The sum of the squares of all processes' rows."""
 
     def __call__(self, solution: Solution, length: float, /) -> float:
         """Move along a share of a direction; returns the sum of squares, and moves back if it has not fallen."""
 
     def rows_at(self, solution: Solution, length: float, /) -> Tensor:
-        """The rows at a share of a direction, whatever the learning rate."""
-
-
-class _Damped:
-    """``J^T J + lambda D``, or the same in dual form with D a multiple of the identity."""
-
-    def __init__(self, solver: LevenbergMarquardt, jacobian: Jacobian, scale: Tensor | None) -> None:
-        self._jacobian = jacobian
-        count = jacobian.num_parameters
-        self._primal = count <= jacobian.num_rows or count <= solver.max_primal
-        if self._primal:
-            self._dense = jacobian.to_dense(torch.float64)
-            self._matrix = self._dense.T @ self._dense
-            diagonal = self._matrix.diagonal().clone()
-            self.scale = diagonal if scale is None else torch.maximum(scale.to(diagonal), diagonal)
-        else:
-            self._matrix = jacobian.gram()
-            self.scale = self._matrix.diagonal().mean().expand(1)
-        if not bool(self._matrix.isfinite().all()):
-            raise NonFiniteError(
-                "The products of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
-                "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
-                "derivative is infinite, such as a root at zero."
-            )
-        # Parameters that no row depends on have no scale: any will do.
-        self._added = torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
-        self._factor = self._matrix
-
-    def damp(self, damping: float) -> bool:
-        """Factorise with a damping.
-
-        Returns:
-            Whether it could be: rounding makes the matrix indefinite where the damping is too small.
-        """
-        damped = self._matrix.clone()
-        damped.diagonal().add_(damping * self._added)
-        self._factor, failed = torch.linalg.cholesky_ex(damped)
-        return not bool(failed)
-
-    def solved(self, rhs: Tensor) -> Tensor:
-        """d, flat, for rows ``[R]``."""
-        rhs = rhs.double()
-        if self._primal:
-            return torch.cholesky_solve((self._dense.T @ rhs).unsqueeze(1), self._factor).squeeze(1)
-        weights = torch.cholesky_solve(rhs.unsqueeze(1), self._factor).squeeze(1)
-        return flatten(self._jacobian.vjp(weights), self._jacobian).double()
-
-    def moved(self, flat: Tensor) -> Tensor:
-        """``J d``."""
-        if self._primal:
-            return self._dense @ flat
-        return self._jacobian.jvp(unflatten(flat, self._jacobian)).double()
-
-    def solution(self, flat: Tensor) -> Solution:
-        """Wrap a direction."""
-        norm = float(torch.linalg.vector_norm(flat))
-        explicit = unflatten(flat, self._jacobian)
-        floor = 32 * torch.finfo(self._jacobian.dtype).eps
-        rank = min(self._jacobian.num_rows, len(flat))
-        return Solution(self._jacobian, rank, None, floor, norm, norm, explicit=explicit)
+        """This process's rows at a share of a direction, whatever the learning rate."""
 
 
 def search(
@@ -184,7 +133,9 @@ def search(
         The last direction that was tried, with the new memory, and whether it was accepted.
     """
     damping = solver.damping if memory is None else float(memory[0])
-    system = _Damped(solver, jacobian, None if memory is None else memory[1:])
+    system = DampedSystem(jacobian, solver.max_primal, None if memory is None else memory[1:])
+    own = own_rows(jacobian, rhs).double()
+    target = system.target(own)
     nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
     solution, accepted, used = system.solution(nothing), False, damping
     for _ in range(solver.max_trials):
@@ -192,9 +143,9 @@ def search(
         if not system.damp(damping):
             damping *= 10
             continue
-        flat = system.solved(rhs)
+        flat = system.solved(target)
         if solver.acceleration:
-            flat = _accelerated(system, flat, rhs, trial)
+            flat = _accelerated(system, flat, own, trial)
         solution = system.solution(flat)
         accepted = trial(solution, 1.0) < trial.before
         damping *= solver.decrease if accepted else solver.increase
@@ -206,13 +157,13 @@ def search(
     return replace(solution, damping=used, memory=learnt), accepted
 
 
-def _accelerated(system: _Damped, flat: Tensor, rhs: Tensor, trial: Trial) -> Tensor:
-    """``d + a / 2``, from the second derivative of the rows along d."""
+def _accelerated(system: DampedSystem, flat: Tensor, rhs: Tensor, trial: Trial) -> Tensor:
+    """``d + a / 2``, from the second derivative of the rows along d; rows are those of this process."""
     start, rows = trial.rows.to(flat), trial.rows_at(system.solution(flat), _PROBE).to(flat)
-    moved = system.moved(flat) + (start - rhs.double())  # what momentum adds to d has moved the right-hand side
-    curvature = (2 / _PROBE) * ((rows - start) / _PROBE + moved)
-    if not bool(curvature.isfinite().all()):
+    moved = system.moved(flat) + (start - rhs)  # what momentum adds to d has moved the right-hand side
+    target = system.target((2 / _PROBE) * ((rows - start) / _PROBE + moved))
+    if not bool(target.isfinite().all()):
         return flat
-    change = system.solved(curvature)
+    change = system.solved(target)
     small = 2 * torch.linalg.vector_norm(change) < _LARGEST_CURVATURE * torch.linalg.vector_norm(flat)
-    return flat + change / 2 if bool(small) else flat
+    return flat + change / 2 if system.agreed(bool(small)) else flat

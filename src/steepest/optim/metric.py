@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from steepest.linalg.factors import eigenbasis, product, symmetrised
 from steepest.optim.curvature import Curvature
 from steepest.optim.gram import Solution
 
-__all__ = ["Geometry", "KroneckerMetric", "LayerMetric", "geometry_of", "unwhiten", "whiten"]
+__all__ = ["Geometry", "KroneckerMetric", "LayerMetric", "unwhiten", "whiten"]
 
 # Sums of ``x x^T`` and ``g g^T`` over a batch, by the name of a layer's weight, with their numbers.
 Sums = dict[str, tuple[Tensor, Tensor, float, float]]
@@ -71,6 +72,22 @@ class KroneckerMetric:
         check_real("power", self.power, low=0)
         check_integer("every", self.every, low=1)
         check_integer("max_size", self.max_size, low=1)
+
+    def geometry(self, before: Mapping[str, Mapping[str, Any]], jacobian: Jacobian, ranks: Ranks | None) -> "Geometry":
+        """Let a batch change the metric, and bring its conditions to the new coordinates.
+
+        Several processes sum what their rows say of every layer.
+
+        Args:
+            before: What was kept of every layer, by the name of its weight; what another metric kept is left alone.
+            jacobian: Of the batch.
+            ranks: The processes that share it.
+
+        Returns:
+            The conditions in the new coordinates; the metric before stays as it is.
+        """
+        kept = {name: LayerMetric(**state) for name, state in before.items() if "input_root" in state}
+        return _geometry_of(self, kept, jacobian, ranks)
 
     def root(self, factor: Tensor, name: str) -> Tensor:
         """A matrix Q with ``Q Q^T = (factor / mean + epsilon I)^(-rho)``; a factor that is zero counts as 0.
@@ -246,27 +263,19 @@ class Geometry:
     plain: Jacobian
     layers: dict[str, LayerMetric]
 
+    @property
+    def states(self) -> dict[str, dict[str, Tensor | int]]:
+        """What is kept of every layer."""
+        return {name: layer.state() for name, layer in self.layers.items()}
+
     def direction(self, solution: Solution) -> dict[str, Tensor]:
         """A solution in these coordinates, as a direction of the parameters."""
         return unwhiten(solution.direction(), self.plain, self.layers)
 
 
-def geometry_of(
+def _geometry_of(
     metric: KroneckerMetric, before: Mapping[str, LayerMetric], jacobian: Jacobian, ranks: Ranks | None
 ) -> Geometry:
-    """Let a batch change the metric, and bring its conditions to the new coordinates.
-
-    Several processes sum what their rows say of every layer.
-
-    Args:
-        metric: The settings.
-        before: The metric of every layer so far.
-        jacobian: Of the batch.
-        ranks: The processes that share it.
-
-    Returns:
-        The conditions in the new coordinates; the metric before stays as it is.
-    """
     local = jacobian.local if isinstance(jacobian, SpreadJacobian) else jacobian
     sums = _layer_sums(local, metric.max_size)
     if ranks is not None:

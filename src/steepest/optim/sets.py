@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steepest.distributed.jacobian import SpreadJacobian
 from steepest.engine import Jacobian
 from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.optim._apply import adamw_step
-from steepest.optim.rows import RowKind
+from steepest.optim.choices import Choices
+from steepest.optim.system import System
 
-__all__ = ["ADAMW_DEFAULTS", "apply_adamw", "columns", "loss_gradient", "row_weights"]
+__all__ = ["ADAMW_DEFAULTS", "apply_adamw", "columns", "other_gradients"]
 
 ADAMW_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -29,6 +31,8 @@ def columns(jacobian: Jacobian, names: Sequence[str]) -> Jacobian:
     Raises:
         InvalidOptionError: If weight and bias of a layer are parted.
     """
+    if isinstance(jacobian, SpreadJacobian):  # of one layout on all processes: what fails here fails on all
+        return jacobian.with_local(columns(jacobian.local, names))
     wanted = set(names)
     kept = []
     for record in jacobian.records:
@@ -46,65 +50,60 @@ def columns(jacobian: Jacobian, names: Sequence[str]) -> Jacobian:
     return Jacobian(kept, shapes, jacobian.num_rows, jacobian.max_memory, jacobian.device, jacobian.dtype)
 
 
-def row_weights(rhs: Tensor, samples: Sequence[tuple[int, int]], kind: RowKind, kappa: float) -> Tensor:
-    """Derivatives of the mean loss, summed over blocks, in the rows.
+def other_gradients(system: System, choices: Choices, names: Sequence[str]) -> dict[str, Tensor]:
+    """Gradients of the mean loss in parameters that AdamW trains; of several processes that of the whole batch.
 
     Args:
-        rhs: The rows, ``[R]``.
-        samples: Number of samples and rows of each, block by block.
-        kind: What the rows were made of.
-        kappa: Rows of losses are ``l ** (kappa / 2)``.
+        system: The conditions.
+        choices: What they were made of.
+        names: Names of the parameters.
 
     Returns:
-        ``[R]``.
-    """
-    if kind == "residuals":
-        slope = 2 * rhs
-    elif kappa == 2:
-        slope = torch.ones_like(rhs)
-    else:
-        slope = torch.where(rhs != 0, (2 / kappa) * rhs ** (2 / kappa - 1), torch.zeros_like(rhs))
-    parts = slope.split([count * size for count, size in samples])
-    return torch.cat([part / count for part, (count, _) in zip(parts, samples, strict=True)])
-
-
-def loss_gradient(jacobian: Jacobian, weights: Tensor, remedy: str) -> dict[str, Tensor]:
-    """Gradient of the mean loss.
-
-    Args:
-        jacobian: Of the rows, in the parameters that AdamW trains.
-        weights: `row_weights`.
-        remedy: What the user can do if it is not finite.
-
-    Returns:
-        It, by qualified name.
+        The gradients, by qualified name.
 
     Raises:
-        NonFiniteError: If it holds NaN or infinity.
+        NonFiniteError: If one holds NaN or infinity.
     """
-    grads = jacobian.vjp(weights)
+    if not names:
+        return {}
+    grads = columns(system.whole, names).vjp(_slopes(system, choices))
     bad = [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
     if bad:
         raise NonFiniteError(
             f"The gradient of {bad[0]!r} holds NaN or infinity; parameters and optimizer state are unchanged. "
-            f"Remedy: {remedy}."
+            "Remedy: lower the learning rate."
         )
     return grads
 
 
-def apply_adamw(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any], grads: Mapping[int, Tensor]) -> None:
+def _slopes(system: System, choices: Choices) -> Tensor:
+    """Derivatives of the mean loss, summed over blocks, in the rows, ``[R]``."""
+    rows, kappa = system.given, choices.kappa
+    if choices.rows == "residuals":
+        slope = 2 * rows
+    elif kappa == 2:
+        slope = torch.ones_like(rows)
+    else:
+        slope = torch.where(rows != 0, (2 / kappa) * rows ** (2 / kappa - 1), torch.zeros_like(rows))
+    parts = slope.split([count * size for count, size in system.samples])
+    return torch.cat([part / total for part, total in zip(parts, system.totals, strict=True)])
+
+
+def apply_adamw(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any], grads: Mapping[Tensor, Tensor]
+) -> None:
     """One step of AdamW; the parameters' own ``grad`` stay as they are.
 
     Args:
         groups: The groups that AdamW trains.
         state: State of each parameter.
-        grads: Gradients by the id of the parameter.
+        grads: Gradient of each parameter.
     """
     for group in groups:
         kept = [param.grad for param in group["params"]]
         try:
             for param in group["params"]:
-                param.grad = grads[id(param)]
+                param.grad = grads[param]
             adamw_step(group, state, 1.0)
         finally:
             for param, grad in zip(group["params"], kept, strict=True):

@@ -1,18 +1,17 @@
-"""What one step of Sven works on and leaves behind: its conditions, its defaults, its diagnostics."""
+"""What one step of Sven works on and leaves behind: its conditions, its outcome, its diagnostics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steepest.engine import Jacobian, Rows
-from steepest.errors import InvalidOptionError
-from steepest.optim.metric import Geometry, KroneckerMetric
-from steepest.optim.solvers import Solver
+from steepest.optim.balance import BalancedGeometry
+from steepest.optim.gram import Solution
+from steepest.optim.metric import Geometry
 
-__all__ = ["SvenDiagnostics", "System", "chosen_metric", "default_kappa", "stacked", "widened"]
+__all__ = ["Outcome", "SvenDiagnostics", "System", "stacked", "widened"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +23,14 @@ class SvenDiagnostics:
         rank: Singular directions used.
         spectrum: Singular values of J, largest first, float64; None where the solver needs none.
         noise_floor: Relative size below which singular values are rounding.
-        update_norm: Norm of the direction d before lr, after clipping: Euclidean, or that of the metric.
+        update_norm: Euclidean norm of the direction d before lr, after clipping, without momentum's share.
         clipped: Whether the norm guard shortened it.
         num_clipped: How many steps it has shortened so far.
         num_skipped: How many non-finite steps were skipped so far.
         damping: Absolute damping that the solver chose, in squared singular values; None where it chooses none.
         length: Share of d that was taken before lr: the solver's advice.
         accepted: Whether the parameters moved; `LevenbergMarquardt` takes back what does not help.
+        decay: Share of the parameters that ``relative_decay`` took away before lr.
     """
 
     rows: int
@@ -44,6 +44,7 @@ class SvenDiagnostics:
     damping: float | None = None
     length: float = 1.0
     accepted: bool = True
+    decay: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +56,26 @@ class System:
         jacobian: In those that Sven trains and this step changes.
         geometry: The same in the coordinates of the metric, if there is one.
         rhs: ``[R]``, what is left of the rows by the momentum.
-        slopes: ``[R]``, derivatives of the mean loss in the rows.
         samples: Number of samples and rows of each, block by block.
+        totals: Number of samples of the whole batch in each of these blocks, which several processes may share.
         index: Output rows that this step changes, where it does not change all.
         previous: The direction of the step before, where there is momentum.
         loss: Mean loss.
         given: The rows, ``[R]``.
+        decay: Share by which the parameters shrink, before the learning rate.
     """
 
     whole: Jacobian
     jacobian: Jacobian
-    geometry: Geometry | None
+    geometry: Geometry | BalancedGeometry | None
     rhs: Tensor
-    slopes: Tensor
     samples: list[tuple[int, int]]
+    totals: list[int]
     index: dict[str, Tensor]
     previous: dict[str, Tensor] | None
     loss: Tensor
     given: Tensor
+    decay: float = 0.0
 
     @property
     def used(self) -> Jacobian:
@@ -80,36 +83,23 @@ class System:
         return self.jacobian if self.geometry is None else self.geometry.jacobian
 
 
-def default_kappa(kappa: float | None, solver: Solver | None) -> float:
-    """The root of a loss is the residual behind it; the paper's solvers take the losses themselves."""
-    return kappa if kappa is not None else (1.0 if solver is None else 2.0)
-
-
-def chosen_metric(
-    metric: KroneckerMetric | Literal["auto"] | None, solver: Solver | None, fraction: float
-) -> KroneckerMetric | None:
-    """Check the option and say what "auto" means.
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a step came to.
 
     Args:
-        metric: The option.
-        solver: The user's solver.
-        fraction: Random fraction of the output rows that a step changes.
-
-    Returns:
-        The metric, or None for the Euclidean norm.
-
-    Raises:
-        InvalidOptionError: If it is none, or does not go with ``fraction``.
+        solution: The direction, with its length and the solver's memory.
+        norm: Its Euclidean norm.
+        scale: Factor of the norm guard.
+        accepted: Whether the parameters moved.
+        direction: The direction in the parameters, where it is to be remembered for momentum.
     """
-    if metric == "auto":
-        return KroneckerMetric() if solver is None and fraction == 1 else None
-    if metric is not None and not isinstance(metric, KroneckerMetric):
-        raise InvalidOptionError(f"metric={metric!r}: give steepest.KroneckerMetric(...), None for none, or 'auto'.")
-    if metric is not None and fraction < 1:
-        raise InvalidOptionError(
-            f"metric={metric!r} with fraction={fraction:g}: a metric is that of whole layers; drop one of the two."
-        )
-    return metric
+
+    solution: Solution
+    norm: float
+    scale: float
+    accepted: bool
+    direction: dict[str, Tensor] | None
 
 
 def widened(update: Tensor, param: Tensor, index: Tensor | None) -> Tensor:

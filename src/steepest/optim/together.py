@@ -1,23 +1,21 @@
-"""A step of Sven on several processes: one system of all their conditions, one solution for all."""
+"""A step of Sven on several processes: one system of all their conditions."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from steepest.distributed.agreement import check_alike, fail_together, tell
+from steepest.distributed.agreement import check_alike, tell
 from steepest.distributed.jacobian import SpreadJacobian
 from steepest.distributed.ranks import Ranks
 from steepest.distributed.records import Layout, align, layout
 from steepest.engine import Jacobian, Rows
 from steepest.errors import InvalidOptionError
-from steepest.optim.gram import Solution
 from steepest.optim.rows import RowKind, check_weights
 
-__all__ = ["Conditions", "decide", "fingerprints", "share", "solver_name"]
+__all__ = ["Conditions", "Shared", "fingerprints", "share", "solver_name"]
 
 ALIKE = "build the optimizer with the same arguments, schedule and loaded state on every process"
 
@@ -39,6 +37,25 @@ class Conditions:
     samples: list[tuple[int, int]]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """The conditions of a whole batch.
+
+    Args:
+        jacobian: Of all rows.
+        rhs: ``[R]``, all rows.
+        loss: Mean loss of all samples, summed over blocks.
+        samples: Number of samples and rows of each, block by block; a rank's blocks follow those of the one before.
+        totals: How many samples there are, on all ranks, in the blocks of that name, for each of these blocks.
+    """
+
+    jacobian: Jacobian
+    rhs: Tensor
+    loss: Tensor
+    samples: list[tuple[int, int]]
+    totals: list[int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Report:
     """What a rank tells the others of its batch: all of it small."""
@@ -58,7 +75,7 @@ def share(
     settings: Mapping[str, object],
     prints: Callable[[], dict[str, object]] | None,
     weights: Mapping[str, float],
-) -> tuple[Jacobian, Tensor, Tensor, list[tuple[int, int]]]:
+) -> Shared:
     """Compute this rank's conditions and join those of all: rank 0's rows first, each rank's blocks in their order.
 
     Args:
@@ -70,8 +87,7 @@ def share(
         weights: Of named blocks, each of which some rank must have.
 
     Returns:
-        The Jacobian of all rows, all rows, the mean loss of all samples, summed over blocks, and the numbers of samples
-        and rows of each.
+        The conditions of all ranks.
 
     Raises:
         InvalidOptionError: If settings or parameters differ between ranks.
@@ -99,8 +115,12 @@ def share(
         tell(ranks, None, failure)
     rows = torch.cat(ranks.gather(found.rhs))
     loss = torch.tensor(_mean([one.blocks for one in told]), dtype=rows.dtype, device=rows.device)
-    samples = [pair for one in told for pair in one.samples]
-    return SpreadJacobian(local, ranks, [one.rows for one in told]), rows, loss, samples
+    named = [(name, pair) for one in told for name, pair in zip(one.blocks, one.samples, strict=True)]
+    sizes: dict[str | None, int] = {}
+    for name, (count, _) in named:
+        sizes[name] = sizes.get(name, 0) + count
+    jacobian = SpreadJacobian(local, ranks, [one.rows for one in told])
+    return Shared(jacobian, rows, loss, [pair for _, pair in named], [sizes[name] for name, _ in named])
 
 
 def _report(
@@ -143,22 +163,22 @@ def solver_name(solver: object) -> str:
     return repr(solver) if dataclasses.is_dataclass(solver) else type(solver).__name__
 
 
-def fingerprints(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, object]:
+def fingerprints(model: nn.Module, groups: Mapping[str, int]) -> dict[str, object]:
     """What tells models apart whose parameters are not equal to the bit, frozen ones included.
 
     Args:
         model: The model.
-        trained: Its trained parameters by name.
+        groups: For each parameter that is trained the number of its group.
 
     Returns:
-        For each parameter its shape, dtype, whether it is trained, and a sum of its bits weighted by their places.
+        For each parameter its shape, dtype, group, and a sum of its bits weighted by their places.
     """
     params = dict(model.named_parameters())
     if not params:
         return {}
     sums = torch.stack([_bits(param.detach()).cpu() for param in params.values()]).tolist()
     return {
-        name: (tuple(param.shape), str(param.dtype), name in trained, number)
+        name: (tuple(param.shape), str(param.dtype), groups.get(name), number)
         for (name, param), number in zip(params.items(), sums, strict=True)
     }
 
@@ -178,70 +198,6 @@ def _check_start(told: list[dict[str, object]]) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InvalidOptionError(
                 f"Parameter {names[0]!r}{more} is not the same on rank 0 and on rank {rank}, so that the processes "
-                "would not train one model. Nothing was changed. Remedy: make the model with the same seed on every "
-                "process, or load one state_dict into it, before the first step."
+                "would not train one model. Nothing was changed. Remedy: make the model with the same seed and groups "
+                "on every process, or load one state_dict into it, before the first step."
             )
-
-
-def decide(ranks: Ranks, jacobian: Jacobian, solve: Callable[[], tuple[Solution, float]]) -> tuple[Solution, float]:
-    """Solve on every rank, since forming the system takes all of them, and use what rank 0 found.
-
-    Args:
-        ranks: The ranks.
-        jacobian: Of all rows.
-        solve: Gives the solution and the factor of the norm guard.
-
-    Returns:
-        Both, the same on all ranks to the bit.
-    """
-    failure: Exception | None = None
-    mine: Solution | None = None
-    told = torch.zeros(11, dtype=torch.float64, device=jacobian.device)
-    try:
-        mine, scale = solve()
-        length = -1 if mine.spectrum is None else len(mine.spectrum)
-        learnt = -1 if mine.memory is None else len(mine.memory)
-        damping = float("nan") if mine.damping is None else mine.damping
-        numbers = (
-            1.0, mine.rank, mine.noise_floor, mine.norm, mine.magnitude, scale, length, mine.weights is None, mine.step,
-            damping, learnt,
-        )  # fmt: skip
-        told = torch.tensor([float(n) for n in numbers], dtype=torch.float64, device=jacobian.device)
-    except Exception as error:
-        failure = error
-    ranks.broadcast_([told], source=0)
-    solved, rank, noise_floor, norm, magnitude, factor, length, explicit, step, damping, learnt = told.tolist()
-    if not solved:
-        fail_together(ranks, failure)
-    source = mine if ranks.rank == 0 else None
-    options: dict[str, Any] = {"step": step, "damping": None if math.isnan(damping) else damping}
-    if explicit:
-        options["explicit"] = _explicit(jacobian, source)
-        ranks.broadcast_(list(options["explicit"].values()), source=0)
-    else:
-        options["weights"] = _vector(jacobian.num_rows, jacobian, source.weights if source else None)
-        ranks.broadcast_([options["weights"]], source=0)
-    spectrum = None
-    if length >= 0:
-        spectrum = _vector(int(length), jacobian, source.spectrum if source else None)
-        ranks.broadcast_([spectrum], source=0)
-    if learnt >= 0:
-        options["memory"] = _vector(int(learnt), jacobian, source.memory if source else None)
-        ranks.broadcast_([options["memory"]], source=0)
-    return Solution(jacobian, int(rank), spectrum, noise_floor, norm, magnitude, **options), factor
-
-
-def _vector(length: int, jacobian: Jacobian, value: Tensor | None) -> Tensor:
-    """Rank 0's numbers in float64, or room for them."""
-    if value is not None:
-        return value.double()
-    return torch.empty(length, dtype=torch.float64, device=jacobian.device)
-
-
-def _explicit(jacobian: Jacobian, solution: Solution | None) -> dict[str, Tensor]:
-    if solution is not None:
-        return solution.direction()
-    return {
-        name: torch.empty(shape, dtype=jacobian.dtype, device=jacobian.device)
-        for name, shape in jacobian.shapes.items()
-    }

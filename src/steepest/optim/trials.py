@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steepest.distributed.agreement import tell
+from steepest.distributed.agreement import attempt_together, fail_together
 from steepest.distributed.ranks import Ranks
 from steepest.errors import NonFiniteError
 from steepest.optim.gram import Solution
+from steepest.optim.moving import Mover
 
 __all__ = ["Trials", "random_state", "repeated"]
 
@@ -19,25 +20,25 @@ class Trials:
 
     Args:
         params: What moves.
-        rows: The rows where they are.
-        move: Moves the parameters along a share of a solution, as a step does.
-        probe: Moves them along it whatever learning rate and weight decay are.
+        rows: The rows where they are, of this process.
+        before: The sum of their squares, of all processes.
+        mover: Moves the parameters along a share of a solution, as a step does.
         evaluate: The rows at the parameters as they are, of this process.
-        ranks: The processes that share the batch.
+        ranks: The processes that share the batch; every try sums 16 bytes.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         rows: Tensor,
-        move: Callable[[Solution, float], None],
-        probe: Callable[[Solution, float], None],
+        before: float,
+        mover: Mover,
         evaluate: Callable[[], Tensor],
         ranks: Ranks | None,
     ) -> None:
         self._params, self._saved = list(params), [p.detach().clone() for p in params]
-        self._move, self._probe, self._evaluate, self._ranks = move, probe, evaluate, ranks
-        self.rows, self.before = rows, float(rows.double().square().sum())
+        self._mover, self._evaluate, self._ranks = mover, evaluate, ranks
+        self.rows, self.before = rows, before
 
     def __call__(self, solution: Solution, length: float) -> float:
         """Try a step.
@@ -59,24 +60,29 @@ class Trials:
         return after
 
     def rows_at(self, solution: Solution, length: float) -> Tensor:
-        """The rows at a share of a direction; the parameters go back.
+        """The rows at a share of a direction, whatever learning rate and weight decay are; the parameters go back.
 
         Args:
             solution: The direction.
             length: The share of it.
 
         Returns:
-            ``[R]``, of this process.
+            ``[R]``, of this process. Where one process fails all do, for which they sum 8 bytes.
         """
+        if self._ranks is None:
+            return self._glance(solution, length)
+        return attempt_together(self._ranks, lambda: self._glance(solution, length), self._params[0].device)
+
+    def _glance(self, solution: Solution, length: float) -> Tensor:
         try:
-            self._probe(solution, length)
+            self._mover(solution, length, plain=True)
             return self._evaluate()
         finally:
             torch._foreach_copy_(self._params, self._saved)
 
     def _tried(self, solution: Solution, length: float) -> float:
         try:
-            self._move(solution, length)
+            self._mover(solution, length)
             after = float(self._evaluate().double().square().sum())
             return after if after < torch.inf else torch.inf
         except NonFiniteError:  # too long a step: a shorter one will do
@@ -92,9 +98,11 @@ class Trials:
             value = compute()
         except Exception as error:
             failure = error
-        tell(self._ranks, None, failure)
-        total = torch.tensor([value], dtype=torch.float64, device=self._params[0].device)
-        self._ranks.sum_([total])
+        told = torch.tensor([value, float(failure is not None)], dtype=torch.float64, device=self._params[0].device)
+        self._ranks.sum_([told])
+        total, failures = told.tolist()
+        if failures:
+            fail_together(self._ranks, failure)
         return float(total)
 
 

@@ -108,15 +108,19 @@ def _deviation(spread: Spread, column: Column) -> str:
 
 
 def metric_text(mean: float) -> str:
-    """A metric with four digits after the point.
+    """A metric with four significant digits, however small it is.
 
     Args:
         mean: The number.
 
     Returns:
         The text.
+
+    Example:
+        >>> metric_text(0.85), metric_text(1.234567e-7)
+        ('0.8500', '1.235e-7')
     """
-    return score(mean, "{:.4f}".format)
+    return score(mean, lambda value: number(value, 4))
 
 
 def ending(row: OptimizerSummary) -> str:
@@ -129,5 +133,6 @@ def ending(row: OptimizerSummary) -> str:
         The words.
     """
     problems = [f"{row.problems.count(kind)} {kind}" for kind in dict.fromkeys(row.problems)]
+    problems += [f"{row.blow_ups} blew up"] if row.blow_ups else []
     note = f" ({', '.join(problems).replace('_', ' ')})" if problems else ""
     return f"{row.finished}/{row.attempted}{note}"

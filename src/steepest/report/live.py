@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from steepest.report.groups import label_of
-from steepest.report.words import count, short
+from steepest.report.words import count, score, short
+from steepest.training.blow_ups import REMEDY, blow_up
 from steepest.training.records import EpochPoint, RunRecord
 from steepest.training.spec import RunSpec
 
@@ -37,6 +38,9 @@ def run_line(spec: RunSpec, record: RunRecord, *, resumed: bool) -> str:
     if isinstance(rate, int | float):
         parts.append(f"lr {rate:<7g}")
     parts.append("already recorded" if resumed else record.status.replace("_", " "))
+    lost = blow_up(record.history)
+    if lost is not None:
+        parts.append(f"(the validation loss blew up at epoch {lost.epoch})")
     if record.error is not None and not resumed:
         parts.append(f"({' '.join(record.error.split())[:160]})")
     return "  ".join(parts)
@@ -57,8 +61,34 @@ def epoch_line(spec: RunSpec, point: EpochPoint) -> str:
     if point.train_loss is not None:
         parts.append(f"train loss {point.train_loss:<9.3g}")
     parts.append("val loss " + ("not finite" if point.val_loss is None else f"{point.val_loss:<9.3g}"))
-    parts += [f"{name} {short(round(value, 6))}" for name, value in point.val_metrics.items() if value is not None]
+    parts += [f"{name} {_metric(value)}" for name, value in point.val_metrics.items() if value is not None]
     return "  ".join([*parts, f"{point.seconds:.2f} s"])
+
+
+def _metric(value: float) -> str:
+    return score(value, lambda plain: short(float(f"{plain:.4g}")))
+
+
+class _Watch:
+    """Notices when the validation loss of the current run blows up, once."""
+
+    def __init__(self) -> None:
+        self._points: list[EpochPoint] = []
+        self._told = False
+
+    def look(self, point: EpochPoint) -> str | None:
+        """A warning, or None."""
+        self._points = [*(self._points if point.epoch else []), point]
+        self._told = self._told and bool(point.epoch)
+        found = None if self._told else blow_up(self._points)
+        if found is None:
+            return None
+        self._told = True
+        losses = [each.val_loss for each in self._points if each.val_loss is not None]
+        return (
+            f"warning: the validation loss has blown up: {point.val_loss:.3g} after epoch {point.epoch}, "
+            f"{losses[0]:.3g} before training and {min(losses):.3g} at its best; {REMEDY}"
+        )
 
 
 class PlainListener:
@@ -72,6 +102,7 @@ class PlainListener:
     def __init__(self, console: Console, *, every_epoch: bool = False) -> None:
         self._console = console
         self._every_epoch = every_epoch
+        self._watch = _Watch()
         self._place = ""
 
     def __enter__(self) -> Self:
@@ -111,6 +142,9 @@ class PlainListener:
         """
         if self._every_epoch:
             self._print(epoch_line(spec, point))
+        warning = self._watch.look(point)
+        if warning is not None:
+            self._print(warning if self._every_epoch else f"{self._place}{warning}")
 
     def run_done(self, spec: RunSpec, record: RunRecord, *, resumed: bool) -> None:
         """Print the run's line.
@@ -146,6 +180,7 @@ class LiveListener:
         self._all = self._progress.add_task("runs", total=None, note="")
         self._run = self._progress.add_task("", total=None, note="", visible=False)
         self._lines: list[Text] = []
+        self._watch = _Watch()
         self._live = Live(self._group(), console=console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> Self:
@@ -190,6 +225,10 @@ class LiveListener:
         loss = "not finite" if point.val_loss is None else f"{point.val_loss:.3g}"
         note = f"val loss {loss}  {point.seconds:.1f} s"
         self._progress.update(self._run, completed=point.epoch, note=note)
+        warning = self._watch.look(point)
+        if warning is not None:
+            self._lines.append(Text(warning, style="yellow", overflow="ellipsis"))
+            self._live.update(self._group())
 
     def run_done(self, spec: RunSpec, record: RunRecord, *, resumed: bool) -> None:
         """Add the run's line.

@@ -11,7 +11,8 @@ from steepest.report.selection_examples import examples
 from steepest.report.selection_figures import selection_figures, selection_legend
 from steepest.report.selection_words import Selected, cost_words, kept_words, meanings, wrong_words
 from steepest.report.sheet import page_sheet, page_template
-from steepest.report.words import count, number, option_text
+from steepest.report.words import count, memory, number, option_text
+from steepest.selection import SelectionReport
 
 __all__ = ["render_selection", "write_selection_page"]
 
@@ -111,6 +112,12 @@ def _scores_lead(selected: Selected) -> str:
     return f"Samples of the training split by their score, kept or not.{known}"
 
 
+def _shared(report: SelectionReport) -> str:
+    if report.processes == 1:
+        return ""
+    return f"{report.processes} processes; the first of them gave {memory(report.traffic)} to the others and to sums"
+
+
 def _settings(selected: Selected) -> list[tuple[str, str]]:
     selection, report = selected.selection, selected.selection.report
     options = {name.replace("_", " ").capitalize(): option_text(value) for name, value in selection.options.items()}
@@ -120,6 +127,7 @@ def _settings(selected: Selected) -> list[tuple[str, str]]:
         **options,
         "Gradients of": selected.scorer.words,
         "Passes with the model": str(report.passes),
+        "Shared by": _shared(report),
         "Seconds of the passes": number(report.seconds),
         "Seconds of the look at the subset": number(report.review_seconds) if report.review_seconds else "",
         "Weights of the samples": "all 1"

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from steepest.report.goal import Goal, goal_of
 from steepest.report.groups import Cell, Row, group
 from steepest.report.measure import Goals, measure_of
+from steepest.training.blow_ups import blow_up
 from steepest.training.records import MetricNote, RunRecord
 
 __all__ = [
@@ -44,6 +45,7 @@ class OptimizerSummary:
         finished: Runs that finished.
         attempted: Runs that were made.
         problems: How the other runs ended, as "diverged" or "failed".
+        blow_ups: Finished runs whose validation loss blew up on the way, see `blow_up`.
         numbers: Spread of each number over the finished runs; a number nobody has is absent.
         options: Options of its runs, as JSON.
         options_source: How they were chosen.
@@ -55,6 +57,7 @@ class OptimizerSummary:
     finished: int
     attempted: int
     problems: tuple[str, ...]
+    blow_ups: int
     numbers: dict[str, Spread]
     options: Mapping[str, object]
     options_source: str
@@ -183,6 +186,7 @@ def _summarise_row(row: Row, metrics: Sequence[MetricNote]) -> OptimizerSummary:
         finished=len(row.finished),
         attempted=len(row.records),
         problems=tuple(record.status for record in row.unfinished),
+        blow_ups=sum(blow_up(record.history) is not None for record in row.finished),
         numbers={key: spread for key, spread in numbers.items() if spread is not None},
         options=row.options,
         options_source="; or: ".join(dict.fromkeys(record.options_source for record in row.records)),

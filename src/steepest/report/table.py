@@ -81,7 +81,7 @@ def task_table(summary: TaskSummary, *, detail: int = FULL, fold: int = _UNLIMIT
         table.add_row(
             Text(first[0]),
             *(Text(f"{text} *" if best else f"{text}  ", style="bold green" if best else "") for text, best in middle),
-            Text(last[0], style="yellow" if row.problems else ""),
+            Text(last[0], style="yellow" if row.problems or row.blow_ups else ""),
         )
     return table
 

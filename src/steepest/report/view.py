@@ -140,6 +140,13 @@ def _options_note(summary: TaskSummary) -> str:
     return f"How the options were chosen: {source}." if source else ""
 
 
+_SCHEDULES = {
+    "linear": "falls linearly to 0",
+    "constant": "constant",
+    "auto": "falls linearly to 0, constant for solvers that find the lengths of their steps",
+}
+
+
 def _settings(cell: Cell) -> tuple[tuple[str, str], ...]:
     first = cell.records[0]
     sizes = {record.num_parameters for record in cell.records if record.num_parameters is not None}
@@ -153,7 +160,7 @@ def _settings(cell: Cell) -> tuple[tuple[str, str], ...]:
         "Samples": "{:,} training, {:,} validation, {:,} test".format(*samples) if samples else "",
         "Batch": count(first.batch_size, "sample"),
         "Budget of a run": " or ".join(budget) or "none",
-        "Learning rate": {"linear": "falls linearly to 0", "constant": "constant"}.get(first.schedule, first.schedule),
+        "Learning rate": _SCHEDULES.get(first.schedule, first.schedule),
         "Seeds": ", ".join(map(str, seeds)),
         "Seed of the splits": str(first.data_seed),
         "Loss": cell.problem.loss,

@@ -3,6 +3,7 @@
 from steepest.selection.grad_match import GradMatch
 from steepest.selection.herding import Herding
 from steepest.selection.k_center import KCenter
+from steepest.selection.keeping import Keep
 from steepest.selection.method import Method, Picked, Rows, Run
 from steepest.selection.report import Estimate, Progress, SelectionReport
 from steepest.selection.result import Selection
@@ -20,6 +21,7 @@ __all__ = [
     "GradMatch",
     "Herding",
     "KCenter",
+    "Keep",
     "Method",
     "Picked",
     "Progress",

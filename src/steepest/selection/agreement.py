@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from steepest.errors import InvalidOptionError, SelectionError
 from steepest.linalg import FrequentDirections
 from steepest.selection.consensus import ClassMeans, by_group, direction, unit_rows
 from steepest.selection.joining import add_counts, add_sums, from_first, merge_sketches
+from steepest.selection.merging import OWN, merged, with_rows, without_rows
 from steepest.selection.method import Picked, Rows, Run
 from steepest.selection.quotas import ALL, class_weights, settled
 from steepest.selection.rules import keep_by_group
@@ -35,6 +36,8 @@ class SageRun(Run):
     Args:
         method: The options.
     """
+
+    merges = True
 
     def __init__(self, method: "SAGE") -> None:
         self._method = method
@@ -270,3 +273,20 @@ class SageRun(Run):
         self._shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
         for name in PLAIN:
             setattr(self, f"_{name}", copy.deepcopy(state[name]))
+
+    def divided(self, number: int, positions: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Take the state apart: what this process sketched, added up or scored, and all else."""
+        state = self.state_dict()
+        own = {name: state.pop(name) for name in OWN[self._steps[number]]}
+        return state, without_rows(own, positions)
+
+    def resume(
+        self, number: int, common: Mapping[str, Any], shares: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        """Go on with the sketches of some processes merged, their sums added, and their scores by sample."""
+        fresh = SageRun(self._method)
+        if common.get("sketch"):
+            fresh._make_room(sum(common["sizes"].values()), len(next(iter(common["sketch"].values()))))
+        blank = fresh.state_dict()
+        own = merged(self._method, {name: blank[name] for name in OWN[self._steps[number]]}, [s for s, _ in shares])
+        self.load_state_dict({**common, **with_rows(own, blank, shares)})

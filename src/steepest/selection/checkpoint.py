@@ -1,14 +1,8 @@
-"""A selection under way in one file, so that it can be interrupted and continued bit for bit."""
+"""A selection under way, kept so that it can be interrupted and continued: bit for bit, or by other processes."""
 
-import glob
-import io
-import os
-import pickle
-import re
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,134 +10,143 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from steepest._files import write_atomically
 from steepest._versions import package_version
+from steepest.distributed.checkpoint.folders import complete_folders, forget, forget_newer
+from steepest.distributed.checkpoint.manifest import FORMAT
+from steepest.distributed.checkpoint.together import each, lead, write_checkpoint
+from steepest.distributed.checkpoint.tree import pack
 from steepest.distributed.ranks import RankError
 from steepest.errors import SelectionError
+from steepest.selection.keeping import Keep, check_place
+from steepest.selection.meetings import Pause
 from steepest.selection.passes import Passes
-from steepest.selection.together import Together, attempt
+from steepest.selection.restoring import KIND, restored
+from steepest.selection.together import Together
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "versions"]
 
-_FORMAT = 1
+_KEPT = 2
 _SAME_SECONDS = 2.0  # two signals to one of several processes within this time are one
 
 
-class Keeper:
+class Keeper(Pause):
     """Writes the state of a selection every so often, and puts it back.
 
+    A checkpoint is a folder, written by all processes together; see `steepest.distributed.checkpoint`.
+
     Args:
-        path: The file.
+        keep: Where to, how often.
         passes: The selection under way.
         identity: What the selection is of, in plain values; a checkpoint of anything else is refused.
-        every: Seconds between two writes.
-        together: The processes that make the selection, each of which keeps its own state in a file of its own; None
-            for one alone.
+        device: Where the model is.
+        together: The processes that make the selection; None for one alone.
 
     Raises:
-        SelectionError: If there can be no such file, or there is one of another number of processes.
+        SelectionError: If the folder cannot be one of checkpoints.
     """
 
     def __init__(
         self,
-        path: Path,
+        keep: Keep,
         passes: Passes,
         identity: Mapping[str, Any],
-        every: float,
+        device: torch.device,
         together: Together | None = None,
     ) -> None:
-        self._path, self._passes, self._identity, self._every = path, passes, dict(identity), every
-        self._together = together
+        self._keep, self._passes, self._identity = keep, passes, dict(identity)
+        self._device, self._together = device, together
+        self._ranks = None if together is None else together.ranks
         self._last = time.monotonic()
-        self._stop, self._stopped_at = False, 0.0
-        if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            raise SelectionError(f"checkpoint={str(path)!r} cannot be written: name a file in a folder that can be.")
-        size = 1
-        if together is not None:
-            size = together.ranks.size
-            self._path = path.with_name(f"{path.name}.{together.ranks.rank}-of-{size}")
-        _refuse_other_numbers(path, size)
+        self._from: Path | None = None  # those after it are damaged
+        self._written: tuple[int, int] | None = None
+        self._writes = 0
+        self._writing = self._stop = False
+        self._stopped_at = 0.0
+        check_place(keep.folder)
 
     def restore(self) -> None:
-        """Continue what the file holds, if there is one.
-
-        Of several processes one may have noted the end of a pass that another has not: it gives that its state.
+        """Continue the newest checkpoint that is whole, if there is one. All processes must come here.
 
         Raises:
-            SelectionError: If the files of several processes do not belong together.
+            SelectionError: If all are damaged, or it is of another selection.
         """
-        with attempt(self._together):
-            self._restore_own()
-        if self._together is None:
-            return
-        places = self._together.told(self._passes.place)
-        newest = max(number for number, _ in places)
-        if newest == min(number for number, _ in places):
-            return
-        if (newest, 0) not in places:  # `after_pass` prevents it
-            raise SelectionError(
-                f"the checkpoints beside {self._path} do not belong together: some are a pass behind others; delete "
-                "them to begin anew."
-            )
-        content = self._together.bytes_of(_packed(self._passes.state_dict()), places.index((newest, 0)))
-        with self._together.attempt():
-            if self._passes.place[0] < newest:
-                self._passes.follow(torch.load(io.BytesIO(content), weights_only=True))
-
-    def _restore_own(self) -> None:
-        """Continue what this process's file holds, if there is one.
-
-        Raises:
-            SelectionError: If it is damaged or of another selection.
-        """
-        if not self._path.exists():
-            return
-        content = self._read()
-        changed = [
-            f"its {name} was {content['identity'].get(name)!r} and is {value!r}"
-            for name, value in self._identity.items()
-            if content["identity"].get(name) != value
-        ]
-        remedy = "go on with what it was made with, or delete it to begin anew"
-        if changed:
-            raise SelectionError(
-                f"the checkpoint {self._path} is of another selection: {'; '.join(changed)}; {remedy}."
-            )
+        keep, leads = self._keep, self._ranks is None or self._ranks.rank == 0
+        say = (keep.say if leads else None) or (lambda _: None)
         try:
-            self._passes.load_state_dict(content["state"])
+            self._from = restored(keep, self._passes, self._identity, self._device, self._together, say)
         except SelectionError as error:
-            raise SelectionError(f"the checkpoint {self._path} is of another selection: {error}; {remedy}.") from error
-        except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise SelectionError(f"the checkpoint {self._path} is not complete ({reason}); {remedy}.") from error
+            if not keep.replaceable:
+                raise
+            say(f"the selection is begun anew: {error}")
+            lead(self._ranks, lambda: forget(keep.folder))
+        self._last, self._written = time.monotonic(), self._passes.place
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() - self._last >= self._keep.every
+
+    def act(self) -> None:
+        """Write the state: all processes do, between two batches."""
+        self.write()
 
     def after_batch(self) -> None:
-        """Write if it is time to.
+        """Write if it is time to; several processes do where they meet.
 
         Raises:
             KeyboardInterrupt: If the user asked for it while a batch was worked on.
         """
+        if self._together is not None:
+            return
+        if not self._stop and self.due():
+            self.write()
         if self._stop:
             raise KeyboardInterrupt
-        if time.monotonic() - self._last >= self._every:
+
+    def after_passes(self) -> None:
+        """Write what the choice is made from, which may take long too."""
+        worth = self._passes.seconds >= self._keep.worth
+        if worth if self._together is None else self._together.one(worth):
             self.write()
 
-    def after_pass(self) -> None:
-        """Let no process go on before all have noted the end of a pass: afterwards none can be a pass behind."""
-        if self._together is not None:
-            with self._together.attempt():
-                self.write()
-
     def write(self) -> None:
-        """Write the state in place of the one before."""
-        content = {"format": _FORMAT, "identity": self._identity, "state": self._passes.state_dict()}
-        write_atomically(self._path, _packed(content))
-        self._last = time.monotonic()
+        """Write the state; the one before stays beside it. All processes must come here."""
+        passes, folder, tensors = self._passes, self._keep.folder, dict[str, Tensor]()
+        rank = 0 if self._ranks is None else self._ranks.rank
+        if not self._writes:
+            self._keep.before()
+        begun = passes.begun if self._together is None else any(self._together.told(passes.begun))
+
+        def packed() -> tuple[Any, Any, list[str]]:
+            common, share = passes.parts(begun)
+            # What all know alike is written by the first.
+            trees = pack(common if rank == 0 else None, "common", tensors), pack(share, f"shares.{rank}", tensors)
+            return *trees, [name for name, tensor in tensors.items() if tensor.device.type != "cpu"]
+
+        self._writing = True
+        try:
+            told = each(self._ranks, packed)
+            if self._from is not None and rank == 0:
+                forget_newer(self._from)
+            self._from = None
+            content = {
+                "format": FORMAT,
+                "kind": KIND,
+                "of": self._keep.of,
+                "identity": self._identity,
+                "on device": [name for _, _, names in told for name in names],
+                "state": {"common": told[0][0], "shares": [share for _, share, _ in told]},
+            }
+            write_checkpoint(folder, _next_number(folder), _KEPT, tensors, content, self._ranks)
+        finally:
+            self._writing = False
+        self._last, self._written, self._writes = time.monotonic(), passes.place, self._writes + 1
 
     def remove(self) -> None:
-        """Remove the file: the selection is done."""
-        self._path.unlink(missing_ok=True)
+        """Remove all checkpoints: the selection is done. All processes must come here."""
+        if not self._keep.stays:
+            lead(self._ranks, lambda: forget(self._keep.folder))
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -162,9 +165,19 @@ class Keeper:
             try:
                 yield
             except (KeyboardInterrupt, RankError):
-                if self._passes.whole:  # otherwise the file has the last whole state
+                if self._is_to_be_written():
                     self.write()
                 raise
+
+    def _is_to_be_written(self) -> bool:
+        """Whether there is something new and whole: otherwise the checkpoint before has the last whole state."""
+        whole, new = self._passes.whole, self._passes.place != self._written
+        if self._together is None:
+            return whole and new
+        if not self._together.stopped:  # something failed, and nobody knows what the others do
+            return False
+        told = self._together.told((whole, new))
+        return all(whole for whole, _ in told) and any(new for _, new in told)
 
     @contextmanager
     def held_back(self) -> Iterator[None]:
@@ -178,13 +191,13 @@ class Keeper:
             for number in (signal.SIGINT, signal.SIGTERM)
             if signal.getsignal(number) is signal.default_int_handler
         ]
-        if not numbers or threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        if self._together is not None:
+            stop = self._keep.stop
+            self._together.asked = lambda: self._stop or (stop is not None and stop())
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
         for number in numbers:
             signal.signal(number, self._asked)
-        if self._together is not None:
-            self._together.asked = lambda: self._stop
         try:
             yield
         finally:
@@ -196,60 +209,15 @@ class Keeper:
         # it may come twice.
         now = time.monotonic()
         again = self._stop and (self._together is None or now - self._stopped_at > _SAME_SECONDS)
-        if again or (self._passes.whole and self._together is None):
+        if again or (self._passes.whole and not self._writing and self._together is None):
             raise KeyboardInterrupt
         if not self._stop:
             self._stop, self._stopped_at = True, now
 
-    def _read(self) -> dict[str, Any]:
-        remedy = "delete it to begin anew"
-        try:
-            with zipfile.ZipFile(self._path) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
-            if damaged is not None:
-                raise SelectionError(f"the checkpoint {self._path} is damaged in {damaged}: {remedy}.")
-            content = torch.load(self._path, weights_only=True)
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise SelectionError(f"the checkpoint {self._path} cannot be read ({reason}): {remedy}.") from error
-        if (
-            not isinstance(content, dict)
-            or content.get("format") != _FORMAT
-            or not {"identity", "state"} <= set(content)
-        ):
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise SelectionError(
-                f"{self._path} has selection checkpoint format {found!r}, this steepest reads {_FORMAT}: {remedy}."
-            )
-        return content
 
-
-def _packed(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _refuse_other_numbers(path: Path, size: int) -> None:
-    """Refuse the files of another number of processes, which share the data in another way."""
-    others = path.absolute().parent.glob(f"{glob.escape(path.name)}.*-of-*")
-    counts = {int(found[1]): file for file in others if (found := re.search(r"\.\d+-of-(\d+)$", file.name))}
-    if path.exists():
-        counts[1] = path
-    counts.pop(size, None)
-    for number, file in counts.items():
-        raise SelectionError(
-            f"the checkpoint {file} is of a selection by {number} process{'es' * (number > 1)}, and this one has "
-            f"{size}: go on with {number}, or delete it to begin anew."
-        )
+def _next_number(folder: Path) -> int:
+    found = complete_folders(folder)
+    return 1 + int(found[-1].name.removeprefix("step-").partition(".")[0]) if found else 1
 
 
 def versions() -> dict[str, str]:

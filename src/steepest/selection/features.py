@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,8 @@ class TableRun(Run):
         class_policy: Class policy.
         max_memory: Bytes that the rows may take.
     """
+
+    merges = True
 
     def __init__(self, method: str, class_policy: ClassPolicy, max_memory: int) -> None:
         self.passes = 1
@@ -106,6 +108,18 @@ class TableRun(Run):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state."""
         self.table.load_state_dict(state)
+
+    def resume(
+        self, number: int, common: Mapping[str, Any], shares: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        """Go on with the rows of some processes, one after the other as their samples are."""
+        del number, common
+        for place, (state, _) in enumerate(shares):
+            if not place:
+                self.load_state_dict(state)
+                continue
+            for block in state["blocks"]:
+                self.table.append(block)
 
 
 class FeatureRun(TableRun):

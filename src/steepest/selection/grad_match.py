@@ -1,6 +1,6 @@
 """GradMatch: weighted samples whose gradients add up to the mean gradient of all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -208,3 +208,12 @@ class _GradMatchRun(TableRun):
         """Go back to a state."""
         super().load_state_dict(state)
         self._num_inputs, self._positions = state["num_inputs"], state["positions"]
+
+    def resume(
+        self, number: int, common: Mapping[str, Any], shares: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        """Go on with the rows of some processes, and what their columns are."""
+        super().resume(number, common, shares)
+        for state, _ in shares:
+            self._num_inputs = max(self._num_inputs, state["num_inputs"])
+            self._positions = max(self._positions, state["positions"])

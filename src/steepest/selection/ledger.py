@@ -1,6 +1,6 @@
 """What one of several processes read in a pass: which samples, and their digests, to be joined with the others'."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,18 +23,23 @@ class Ledger:
         together: The processes.
 
     Attributes:
-        fingerprint: Of all data; known after the first pass over them.
         labelled: Whether the data have labels.
+        begun: How many samples one process had read by itself before these went on, and their fingerprint.
     """
 
     def __init__(self, together: Together) -> None:
         self.together = together
-        self.fingerprint = b""
         self.labelled = False
         self.clear()
 
+    @property
+    def positions(self) -> Tensor:
+        """Samples that this process read in the pass, ``[n]``."""
+        return self._positions.tensor()
+
     def clear(self) -> None:
         """Begin a pass."""
+        self.begun = (0, b"")
         self._positions = Column(torch.int64)
         self._digests = Column(torch.uint8)
 
@@ -43,10 +48,10 @@ class Ledger:
 
         Args:
             positions: Of its samples.
-            digests: Of its samples; kept until the data have been gone through once.
+            digests: Of its samples; empty once the fingerprint is known.
         """
         self._positions.add(positions)
-        if not self.fingerprint:
+        if digests:
             self._digests.add(torch.frombuffer(bytearray(digests), dtype=torch.uint8))
 
     def meet(self, seen: int, labels: int, *, check_labels: bool) -> int:
@@ -75,23 +80,26 @@ class Ledger:
         self.together.meet(self._positions.tensor())
         return sum(read for read, _ in told)
 
-    def join_digests(self) -> None:
-        """Make the fingerprint of all data."""
+    def fingerprint(self) -> bytes:
+        """Make the fingerprint of all data, after `meet`."""
         digests = self.together.in_order(self._digests.tensor().view(-1, DIGEST))
-        self.fingerprint = chain(b"", digests.numpy().tobytes())
+        number, before = self.begun
+        return chain(before, digests[number:].numpy().tobytes())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was noted."""
-        return {
-            "fingerprint": self.fingerprint.hex(),
-            "labelled": self.labelled,
-            "positions": self._positions.tensor(),
-            "digests": self._digests.tensor(),
-        }
+    def state(self) -> dict[str, Any]:
+        """What was noted."""
+        return {"positions": self._positions.tensor(), "digests": self._digests.tensor()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to a state."""
-        self.clear()
-        self.fingerprint, self.labelled = bytes.fromhex(state["fingerprint"]), state["labelled"]
-        self._positions.add(state["positions"])
-        self._digests.add(state["digests"])
+    def take_over(self, shares: Iterable[Mapping[str, Any]], *, digests: bool) -> None:
+        """Go on from what some processes had noted.
+
+        Args:
+            shares: Of each what `state` returned, or of one that read by itself how many samples it had ``seen``.
+            digests: Whether the fingerprint is still to be made.
+        """
+        for share in shares:
+            if share["positions"] is None:
+                self.add(torch.arange(share["seen"], device="cpu"), bytes(share["seen"] * DIGEST) if digests else b"")
+            else:
+                self._positions.add(share["positions"])
+                self._digests.add(share["digests"])

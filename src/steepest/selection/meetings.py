@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from steepest.distributed.agreement import tell
 from steepest.distributed.ranks import RankError, Ranks
 
-__all__ = ["Meetings"]
+__all__ = ["NEVER", "Meetings", "Pause"]
 
 T = TypeVar("T")
 
@@ -16,6 +16,20 @@ _END = object()
 # Said in a meeting: that this process was stopped by its user, and that it is still at work.
 _STOPPED, _AT_WORK = "stopped", "at work"
 _PULSE = 5.0  # seconds between two words of who lets the others wait; far below the time that they have patience for
+
+
+class Pause:
+    """What processes do together between two batches, once it is time to for one of them; by default nothing."""
+
+    def due(self) -> bool:
+        """Whether it is time to, for this process."""
+        return False
+
+    def act(self) -> None:
+        """Do it; all processes come here."""
+
+
+NEVER = Pause()
 
 
 class Meetings:
@@ -26,11 +40,13 @@ class Meetings:
 
     Attributes:
         asked: Whether the user has asked this process to stop: it then does when they meet next, and all with it.
+        stopped: Whether all know that the user has stopped one of them, and do the same from then on.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.asked: Callable[[], bool] = lambda: False
+        self.stopped = False
 
     @property
     def leads(self) -> bool:
@@ -57,13 +73,27 @@ class Meetings:
             raise
         self._met(None)
 
-    def rounds(self, items: Iterator[T], take: Callable[[T], None], every: int) -> None:
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within it nobody stops who is asked to: they meet again afterwards.
+
+        Yields:
+            Nothing.
+        """
+        asked, self.asked = self.asked, lambda: False
+        try:
+            yield
+        finally:
+            self.asked = asked
+
+    def rounds(self, items: Iterator[T], take: Callable[[T], None], every: int, pause: Pause = NEVER) -> None:
         """Go through what is this process's own, and meet the others now and then.
 
         Args:
             items: They may be fewer or more than those of the others.
             take: Called with each.
             every: How many to take between two meetings; the same everywhere.
+            pause: What to do when they meet and it is time to.
 
         Raises:
             BaseException: What this process ran into; a `RankError` where it was another one.
@@ -78,7 +108,10 @@ class Meetings:
             except BaseException:
                 self._stopped()
                 raise
-            if all(self._met(done, failed)):
+            told = self._met((done, failed is None and pause.due()), failed)
+            if any(due for _, due in told):
+                pause.act()
+            if all(ended for ended, _ in told):
                 return
 
     def waiting(self, work: Callable[[Callable[[], None]], T]) -> T | None:
@@ -127,9 +160,10 @@ class Meetings:
         """What every process says, or the end of all where one fails or was asked to stop."""
         stop = failed is None and self.asked()
         told = tell(self.ranks, _STOPPED if stop else thing, failed)
+        self.stopped = stop or _STOPPED in told
         if stop:
             raise KeyboardInterrupt
-        if _STOPPED in told:
+        if self.stopped:
             error = RankError(
                 f"Rank {told.index(_STOPPED)} of {self.ranks.size} failed, so that none goes on. It said: it was "
                 "interrupted (KeyboardInterrupt)."
@@ -141,6 +175,7 @@ class Meetings:
     def _stopped(self) -> None:
         with suppress(Exception, SystemExit):  # whatever becomes of the others, this one was interrupted
             tell(self.ranks, _STOPPED, None)
+            self.stopped = True
 
 
 def _take(items: Iterator[T], take: Callable[[T], None], every: int) -> bool:

@@ -1,7 +1,7 @@
 """What a selection method is: passes over per-sample rows in the data's own order, then a choice."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -69,10 +69,13 @@ class Run(ABC):
         tell: For a choice that takes one sample after another to call with how many it has and how many it takes;
             whoever drives the run sets it, to show that or to end the choice by an error.
         shared: Whether several processes read a part of the data each, so that this run does not see all batches.
+        merges: Whether `resume` takes what any number of processes had learnt. Where it does not, and another number
+            of them goes on, the pass under way is begun anew.
     """
 
     passes: int
     shared: bool = False
+    merges: bool = False
     tell: Callable[[int, int], None] = staticmethod(_silent)
 
     @abstractmethod
@@ -125,6 +128,34 @@ class Run(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state."""
+
+    def divided(self, number: int, positions: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Take `state_dict` apart in the midst of pass ``number``.
+
+        Args:
+            number: The pass, counted from 0.
+            positions: ``[n]``: the samples that this process has read in it, in the order in which it did.
+
+        Returns:
+            What all processes know alike, and what this one alone has learnt in the pass.
+        """
+        del number, positions
+        return {}, self.state_dict()
+
+    def resume(
+        self, number: int, common: Mapping[str, Any], shares: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        """Go back into the midst of pass ``number``, with what some processes had learnt in it.
+
+        Args:
+            number: The pass, counted from 0.
+            common: What all of them knew alike.
+            shares: What each of them alone had learnt and the samples that it had read, in the order of their ranks:
+                exactly one where the run does not merge, else of none, one or several.
+        """
+        del number, common
+        for state, _ in shares:
+            self.load_state_dict(state)
 
 
 class Method(ABC):

@@ -123,6 +123,10 @@ class Samples:
         if stop is None and (start == 0 or end > 0):
             self.conclude(end)
 
+    def first(self) -> Batch | None:
+        """The first batch; None where there is none."""
+        return next(iter(self.batches(0, 1)), None)
+
     def conclude(self, end: int) -> None:
         """Note the length after a whole pass, or refuse one that differs.
 

@@ -1,7 +1,7 @@
 """One number for every sample, and the choice of one end of them in every class."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +27,8 @@ class ScoreRun(Run):
         class_policy: Class policy.
         keep: Which end of the scores to keep.
     """
+
+    merges = True
 
     def __init__(self, class_policy: ClassPolicy, keep: Keep) -> None:
         self.passes = 1
@@ -102,8 +104,16 @@ class ScoreRun(Run):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state."""
+        self.resume(0, {}, [(state, state["scores"])])
+
+    def resume(
+        self, number: int, common: Mapping[str, Any], shares: Sequence[tuple[Mapping[str, Any], Tensor]]
+    ) -> None:
+        """Go on with the scores of some processes, one after the other as their samples are."""
+        del number, common
         self._scores = Column(torch.float32)
-        self._scores.add(state["scores"])
+        for state, _ in shares:
+            self._scores.add(state["scores"])
 
 
 class ErrorRun(ScoreRun):

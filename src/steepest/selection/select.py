@@ -23,6 +23,7 @@ from steepest.selection.arguments import (
 )
 from steepest.selection.checkpoint import Keeper, versions
 from steepest.selection.concluding import assemble, choose, look_at, options_of
+from steepest.selection.keeping import Keep, check_writable
 from steepest.selection.method import Method
 from steepest.selection.notes import vanished
 from steepest.selection.passes import Passes, Role
@@ -52,7 +53,7 @@ def select_subset(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[Progress], None] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Keep | None = None,
     checkpoint_every: float = 30.0,
     review: bool = True,
     process_group: Any = None,
@@ -70,8 +71,7 @@ def select_subset(
     process; `SAGE` merges the sketches of all in the order of the ranks, which is a sketch with the same bound but not
     the same numbers. The first process makes the choice from the scores of all. The fingerprint is that of one process.
     What fails on one fails on all. The first process alone calls ``progress``, warns, and writes what `Selection.save`
-    is to write; each process keeps a checkpoint of its own, ``checkpoint.R-of-W``, to be continued by as many
-    processes. With a checkpoint, Ctrl-C on any of them is held back until they meet, and stops all. With n samples on
+    is to write. With a checkpoint, Ctrl-C on any of them is held back until they meet, and stops all. With n samples on
     the process that has most of W, k kept ones, labels, and no stream, a process gives to collectives, in bytes::
 
         gathered     8 n in each pass over the data, and 40 n once: positions, labels, digests for the fingerprint
@@ -80,6 +80,16 @@ def select_subset(
         review       reduced 8 D, gathered 32 of each kept sample of the process that looks at most of them
         SAGE         sent 4 l D but by the first; reduced 8 C D, or 8 C l for a consensus in the sketch;
                      broadcast 4 l D + 8 C l; gathered 2 l n for projections that are kept
+
+    Checkpoints: folders such as ``step-00000003`` within ``checkpoint``, which need not be there and has nothing else
+    in it. Each is written by all processes together, by `torch.distributed.checkpoint`, with a digest of every file,
+    and gets its name when all of it is on disk. Two stay; where the newest is damaged, it is named and the one before
+    it used. As many processes continue bit for bit. Any other number continues too: what was read is kept, the rest of
+    the pass is shared out anew, and no sample is read twice in a pass (but those of the first batch, by which the data
+    are known). `SAGE` merges the sketches of the processes before in the order of their ranks, so that its sketch is
+    another one of the same bound; what other methods choose is the same. A method of your own that does not merge
+    (`Run.merges`) begins that pass anew. At the end of a pass that was continued by another number, each process
+    gathers 40 bytes for every batch that it knows of.
 
     Args:
         model: The model that scores; None for a method that looks at no model, such as `Random`.
@@ -97,9 +107,9 @@ def select_subset(
         device: Where to compute, if not where the model is; the model is moved there and back.
         progress: Called with a `Progress` after every batch, now and then in a choice that takes long, and once with
             an estimate of time and memory.
-        checkpoint: File that keeps the state, so that the same call continues after an interruption, bit for bit.
-            ``fraction`` and ``count`` may change. It is removed when the selection is done.
-        checkpoint_every: Seconds between two writes of it; Ctrl-C writes it too.
+        checkpoint: Folder for checkpoints, so that the same call continues after an interruption. ``fraction`` and
+            ``count`` may change. It is removed when the selection is done. A `Keep` says more.
+        checkpoint_every: Seconds between two of them; Ctrl-C writes one too.
         review: Whether to go through the kept samples once more, to tell how alike they are.
         process_group: The processes of `torch.distributed` that select together; None for all. It does nothing where
             no process group was made.
@@ -128,7 +138,7 @@ def select_subset(
         method = checked_method(method)
         amount = Amount(fraction, count)
         check_real("checkpoint_every", checkpoint_every, low=0.0)
-        check_callers(progress, checkpoint)
+        keep = _keep(progress, checkpoint, checkpoint_every)
         run = method.begin()
         samples = roles(run, method, Samples(data, labels=labels, batch_size=batch_size), reference, batch_size)
         number = samples["data"].num_samples
@@ -146,7 +156,7 @@ def select_subset(
     parts: Mapping[Role, Samples | Share] = samples
     if together is not None:
         check_joins(run, method)
-        together.alike(identity | _given(fraction, count, review, with_model, checkpoint is not None))
+        together.alike(identity | _given(fraction, count, review, with_model, keep is not None))
         parts = {role: Share(part, together.ranks.rank, together.ranks.size) for role, part in samples.items()}
         run.shared = True
         told = progress if together.leads else None
@@ -159,21 +169,23 @@ def select_subset(
                 fixed = FixedModel(model, method.scope, loss_fn, batch_losses)
                 model_hash = fixed.fingerprint
                 stack.enter_context(fixed)
-            identity |= {"model": model_hash if run.passes else "", "device": _device(model if run.passes else None)}
+            device_ = _device(model if run.passes else None)
+            kind = "none" if device_ is None else device_.type
+            identity |= {"model": model_hash if run.passes else "", "device": kind}
         if together is not None:
             together.alike({"model": model_hash})
         passes = Passes(run, parts, fixed if run.passes else None, told, together)
         keeper = None
-        if checkpoint is not None:
+        if keep is not None:
             with attempt(together):
-                keeper = Keeper(Path(checkpoint), passes, identity, checkpoint_every, together)
+                keeper = Keeper(keep, passes, identity, device_ or torch.device("cpu"), together)
             keeper.restore()
             with attempt(together):
                 if passes.num_samples is not None:
                     at_length(passes.num_samples)
+            if together is not None:  # who left a meeting at once would keep the others waiting
+                stack.enter_context(keeper.held_back())
         _go(passes, keeper, at_length)
-        if keeper and together is not None:  # who left a meeting at once would keep the others waiting
-            stack.enter_context(keeper.held_back())
         picked = choose(passes, run, method, amount, together)
         with attempt(together):
             _check_model_unchanged(fixed, model_hash)
@@ -202,8 +214,23 @@ def _identity(method: Method, data: Samples) -> dict[str, Any]:
     }
 
 
-def _device(model: nn.Module | None) -> str:
-    return "none" if model is None else next((str(parameter.device) for parameter in model.parameters()), "cpu")
+def _keep(progress: Any, checkpoint: Any, every: float) -> Keep | None:
+    if isinstance(checkpoint, Keep):
+        check_callers(progress, checkpoint.folder)
+        return checkpoint
+    check_callers(progress, checkpoint)
+    if checkpoint is None:
+        return None
+    check_writable(Path(checkpoint))
+    return Keep(Path(checkpoint), every, say=_warn)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=6)
+
+
+def _device(model: nn.Module | None) -> torch.device | None:
+    return None if model is None else next((part.device for part in model.parameters()), torch.device("cpu"))
 
 
 def _check_model_unchanged(fixed: FixedModel | None, model_hash: str) -> None:
@@ -227,6 +254,5 @@ def _go(passes: Passes, keeper: Keeper | None, at_length: Callable[[int], object
         passes.go(lambda: None, at_length)
         return
     with keeper.guard():
-        passes.go(keeper.after_batch, at_length, keeper.after_pass)
-    if passes.alone:
-        keeper.write()  # the choice may take long too; several processes have written after the pass
+        passes.go(keeper.after_batch, at_length, keeper, kept=True)
+        keeper.after_passes()

@@ -5,6 +5,7 @@ from typing import Any
 
 from steepest.errors import SelectionError
 from steepest.selection.samples import Batch, Samples
+from steepest.selection.spans import Spans, left, within
 
 __all__ = ["Share"]
 
@@ -24,6 +25,11 @@ class Share:
         rank: Number of this process.
         size: Number W of processes.
 
+    Attributes:
+        total: Number of batches of all processes; None for a stream.
+        every: How many batches to work on between two meetings.
+        length: Samples that were found in a stream.
+
     Example:
         >>> import torch
         >>> samples = Samples((torch.zeros(10, 3),), batch_size=2)
@@ -33,11 +39,24 @@ class Share:
 
     def __init__(self, samples: Samples, rank: int, size: int) -> None:
         self._samples, self._rank, self._size = samples, rank, size
-        total = samples.num_batches
         # Once it has been gone through, a stream knows its length, but it is not shared out anew.
-        self._span = None if total is None else (-(-total * rank // size), -(-total * (rank + 1) // size))
+        self.total = total = samples.num_batches
         self.every = _EVERY if total is None else max(1, -(-total // size) // _MEETINGS)
         self.length: int | None = None
+        self.leave_out([])
+
+    def leave_out(self, read: Spans) -> None:
+        """Share out what other processes have left of a pass.
+
+        Args:
+            read: Numbers of the batches that they have read; none for the whole data.
+        """
+        self._read = read
+        if self.total is None:
+            return
+        rest = left(self.total, read)
+        number = sum(stop - start for start, stop in rest)
+        self._mine = within(rest, -(-number * self._rank // self._size), -(-number * (self._rank + 1) // self._size))
 
     @property
     def dataset(self) -> Any:
@@ -57,7 +76,11 @@ class Share:
     @property
     def num_batches(self) -> int | None:
         """Batches of this process, None where their number is unknown."""
-        return None if self._span is None else self._span[1] - self._span[0]
+        return None if self.total is None else sum(stop - start for start, stop in self._mine)
+
+    def first(self) -> Batch | None:
+        """The first batch of all processes."""
+        return self._samples.first()
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Go through the batches of this process.
@@ -68,12 +91,32 @@ class Share:
         Yields:
             The batches.
         """
-        if self._span is not None:
-            yield from self._samples.batches(self._span[0] + start, self._span[1])
+        for _, batch in self.numbered(start):
+            yield batch
+
+    def numbered(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
+        """Go through the batches of this process.
+
+        Args:
+            start: How many of them to leave out at the beginning.
+
+        Yields:
+            The number of every batch among all, and the batch.
+        """
+        if self.total is not None:
+            for low, high in within(self._mine, start, self.total):
+                yield from enumerate(self._samples.batches(low, high), low)
             return
+        turn, skipped = 0, iter([*self._read, [-1, -1]])
+        low, high = next(skipped)
         for number, batch in enumerate(self._samples.batches()):
-            if number % self._size == self._rank and number // self._size >= start:
-                yield batch
+            if number == high:
+                low, high = next(skipped)
+            if low <= number < high:
+                continue
+            if turn % self._size == self._rank and turn // self._size >= start:
+                yield number, batch
+            turn += 1
         self.length = self._samples.num_samples
 
     def conclude(self, total: int) -> None:
@@ -85,7 +128,7 @@ class Share:
         Raises:
             SelectionError: If it is another one than before, or than this process found in a stream.
         """
-        if self._span is None and self.length is not None and self.length != total:
+        if self.total is None and self.length is not None and self.length != total:
             raise SelectionError(
                 f"the processes read different streams: this one has {self.length} samples, and together they read "
                 f"{total}. Give every process the same stream."

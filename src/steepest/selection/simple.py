@@ -63,6 +63,8 @@ class RandomRun(Run):
         class_policy: Class policy.
     """
 
+    merges = True
+
     def __init__(self, seed: int, class_policy: ClassPolicy) -> None:
         self.passes = 0
         self._seed, self._policy = seed, class_policy

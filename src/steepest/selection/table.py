@@ -110,12 +110,16 @@ class Table:
 
     def state_dict(self) -> dict[str, Any]:
         """The rows; blocks are shared, for what comes later is written behind these rows."""
-        return {"num_rows": self.num_rows, "blocks": list(self._blocks)}
+        last = self.num_rows - sum(map(len, self._blocks[:-1]))
+        return {"blocks": [*self._blocks[:-1], *(block[:last] for block in self._blocks[-1:])]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state of a table with the same limit."""
-        self.num_rows = state["num_rows"]
-        self._blocks = [*state["blocks"][:-1], *(b.clone() for b in state["blocks"][-1:])]
+        *whole, last = state["blocks"] or [None]
+        self._blocks, self.num_rows = list(whole), sum(map(len, state["blocks"]))
+        if last is not None:
+            self._blocks.append(last.new_empty(self._block_rows(last.shape[1]), last.shape[1]))
+            self._blocks[-1][: len(last)] = last
 
     def _block_rows(self, width: int) -> int:
         return max(1, min(BLOCK_NUMBERS, self._max_memory // 4) // max(1, width))

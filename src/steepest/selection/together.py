@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steepest.distributed.alone import OneRank
 from steepest.distributed.ranks import Ranks
 from steepest.errors import SelectionError
 from steepest.selection.meetings import Meetings
@@ -34,7 +35,7 @@ class Together(Meetings):
         super().__init__(ranks)
         self.positions: list[Tensor] = []
         # NCCL alone takes nothing that lies in main memory, and others take everything that does.
-        config = dist.get_backend_config(ranks.group)
+        config = "" if isinstance(ranks, OneRank) else dist.get_backend_config(ranks.group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in config else torch.device("cpu")
 
     @property
@@ -121,23 +122,6 @@ class Together(Meetings):
         self.ranks.broadcast_(there, source=0)
         for tensor, given in zip(tensors, there, strict=True):
             tensor.copy_(given)
-
-    def bytes_of(self, content: bytes | None, source: int) -> bytes:
-        """Send bytes from one process to all.
-
-        Args:
-            content: On the process that has them.
-            source: Its number.
-
-        Returns:
-            The bytes.
-        """
-        length = self.told(len(content or b""))[source]
-        here = torch.zeros(length, dtype=torch.uint8, device=self._device)
-        if content is not None and self.ranks.rank == source:
-            here.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        self.ranks.broadcast_([here], source)
-        return here.cpu().numpy().tobytes()
 
     def to_first(self, tensors: Sequence[Tensor], source: int) -> list[Tensor]:
         """Send tensors from one process to the first; both must call it, the others need not.

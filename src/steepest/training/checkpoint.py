@@ -2,7 +2,8 @@
 
 A run that is continued from a checkpoint on the same machine, with the same versions, ends with the numbers of
 the run that was never stopped, bit for bit: model, optimizer, random generators, the place in the epoch and the
-losses so far are all in it, and the subset that is trained on. A selection that was under way is made again.
+losses so far are all in it, and the subset that is trained on. A selection under way has checkpoints of its own, in the
+folder `selection` beside them: it is gone on with from the newest of them, by any number of processes.
 
 A checkpoint is a folder such as `step-00000120`. Its tensors are written by torch.distributed.checkpoint under names
 such as `model.0.weight` and `optimizer.state.0.weight.exp_avg`; `manifest.json` has everything else, and size and
@@ -14,8 +15,7 @@ they would in a new run.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ import torch
 from torch import Tensor
 
 from steepest.distributed import Ranks
+from steepest.distributed.checkpoint.advice import advised
+from steepest.distributed.checkpoint.folders import complete_folders
+from steepest.distributed.checkpoint.manifest import FORMAT, read_manifest
+from steepest.distributed.checkpoint.together import choose, lead, write_checkpoint
+from steepest.distributed.checkpoint.tree import blank, leaves, pack, unpack
 from steepest.distributed.contact import LostRankError, contact
-from steepest.training.checkpoints.folders import complete_folders, forget, refuse_old_files
 from steepest.training.checkpoints.generators import generator_states, how_many, set_generators
 from steepest.training.checkpoints.identity import check_same_run, identity
-from steepest.training.checkpoints.manifest import FORMAT, read_manifest
+from steepest.training.checkpoints.keeping import Keeping
 from steepest.training.checkpoints.names import by_name, by_number
-from steepest.training.checkpoints.together import choose, write_checkpoint
-from steepest.training.checkpoints.tree import blank, leaves, pack, unpack
+from steepest.training.checkpoints.old import forget, refuse_old_files
+from steepest.training.checkpoints.selections import Selections
 from steepest.training.convert import convert, plain
 from steepest.training.errors import CheckpointError, DamagedCheckpointError
 from steepest.training.loop import Progress, Trainer
@@ -38,29 +42,7 @@ from steepest.training.subsets import Subset
 
 __all__ = ["Checkpoints", "Keeping", "any_checkpoint", "forget", "saved_settings"]
 
-
-@dataclass(frozen=True)
-class Keeping:
-    """What a run keeps on disk beside its record.
-
-    Attributes:
-        checkpoints: Folder of the checkpoints.
-        model: File of the trained model.
-        settings: What the user asked for, as JSON, to be found again on resuming.
-        every: Seconds of wall-clock time between two checkpoints.
-        keep: How many checkpoints stay, the newest ones.
-        stop: Whether the run should stop before its next step; it then writes a checkpoint and raises
-            KeyboardInterrupt.
-        say: Told where a damaged checkpoint was passed over for the one before it.
-    """
-
-    checkpoints: Path
-    model: Path
-    settings: str = "{}"
-    every: float = 30.0
-    keep: int = 2
-    stop: Callable[[], bool] = field(default=lambda: False)
-    say: Callable[[str], None] = field(default=lambda _: None)
+_ADVICE = "begin anew with --fresh"
 
 
 class Checkpoints:
@@ -76,6 +58,13 @@ class Checkpoints:
         self._last = time.monotonic()
         trainer.ask = self._asked
         self._run = identity(trainer.spec)
+        self._selections = Selections(trainer, keeping, self.save)
+        if trainer.spec.select is not None:
+            trainer.keep = self._selections.keep()
+
+    def settle(self) -> None:
+        """Put on the clock what a selection had taken before an interruption."""
+        self._selections.settle()
 
     def before_step(self) -> None:
         """Write a checkpoint if it is time to or the run is to stop.
@@ -83,6 +72,7 @@ class Checkpoints:
         Raises:
             KeyboardInterrupt: After writing, if the run is to stop.
         """
+        self.settle()
         stop, due = self._trainer.asked or self._agreed(*self._asked())
         if stop or due:
             self.save()
@@ -130,6 +120,7 @@ class Checkpoints:
             trainer.ranks,
         )
         self._last = time.monotonic()
+        self._selections.saved()
 
     def _leave_buffers_to_the_first(self, tensors: dict[str, Tensor]) -> None:
         """Running statistics are each process's own, and evaluations use those of the first."""
@@ -148,7 +139,10 @@ class Checkpoints:
             LostRankError: If another process is gone.
         """
         trainer, model = self._trainer, self._trainer.model
-        chosen = choose(self._keeping.checkpoints, trainer.ranks, self._keeping.say)
+        folder = self._keeping.checkpoints
+        with advised(_ADVICE):
+            lead(trainer.ranks, lambda: refuse_old_files(folder))
+            chosen = choose(folder, trainer.ranks, self._keeping.say)
         if chosen is None:
             return
         path, content = chosen
@@ -177,6 +171,7 @@ class Checkpoints:
         trainer.subset = None if subset is None else Subset(**subset)
         set_generators(generators)
         self._last = time.monotonic()
+        self._selections.saved()
 
 
 def _places(tree: dict[str, Any], own: dict[str, Any]) -> dict[str, Tensor]:
@@ -191,9 +186,9 @@ def _places(tree: dict[str, Any], own: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _read(path: Path, into: dict[str, Tensor], ranks: Ranks | None) -> None:
-    from steepest.training.checkpoints.tensors import read_tensors
+    from steepest.distributed.checkpoint.tensors import read_tensors
 
-    with contact():
+    with contact(), advised(_ADVICE):
         read_tensors(path, into, ranks)
 
 
@@ -226,9 +221,10 @@ def saved_settings(folder: Path) -> str:
         DamagedCheckpointError: If there is none.
     """
     problems = []
-    for path in reversed(complete_folders(folder)):
-        try:
-            return str(read_manifest(path)["settings"])
-        except DamagedCheckpointError as error:
-            problems.append(str(error))
-    raise DamagedCheckpointError(f"{'; '.join(problems) or f'{folder} is empty'}; begin anew with --fresh")
+    with advised(_ADVICE):
+        for path in reversed(complete_folders(folder)):
+            try:
+                return str(read_manifest(path)["settings"])
+            except DamagedCheckpointError as error:
+                problems.append(str(error))
+        raise DamagedCheckpointError("; ".join(problems) or f"{folder} is empty")

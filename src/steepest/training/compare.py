@@ -18,8 +18,8 @@ from steepest.training.select_text import parse_selections
 from steepest.training.selecting import try_out
 from steepest.training.selections import SelectionPlan
 from steepest.training.source import Source, fingerprinted, resolve
-from steepest.training.spec import RunSpec, Schedule
-from steepest.training.task import Task
+from steepest.training.spec import RunSpec
+from steepest.training.task import Schedule, Task
 from steepest.training.tuned import NOT_TUNED
 
 __all__ = ["BatchSize", "Listener", "Request", "options_source", "plan_runs", "resolve_options", "run_all"]
@@ -55,7 +55,7 @@ class Request:
         epochs: Budget of epochs; None takes each task's own, unless seconds are given.
         seconds: Budget of training seconds per run.
         options: Options per optimizer, over the stored ones.
-        schedule: Learning-rate schedule, the same for every optimizer.
+        schedule: Learning-rate schedule, the same for every optimizer; None takes each task's own.
         selections: What is selected to train on, each for every optimizer; None trains on everything.
         batch_sizes: Samples per step, "all" for the whole training split; every size is a comparison of its own.
             None takes each task's own.
@@ -70,7 +70,7 @@ class Request:
     epochs: int | None = None
     seconds: float | None = None
     options: Mapping[str, Mapping[str, object]] | None = None
-    schedule: Schedule = "linear"
+    schedule: Schedule | None = None
     batch_sizes: Sequence[BatchSize] | None = None
     selections: Sequence[str | None] = (None,)
     data_seed: int = 0
@@ -184,7 +184,7 @@ def _plan_task(
             data_seed=request.data_seed,
             epochs=epochs,
             seconds=request.seconds,
-            schedule=request.schedule,
+            schedule=request.schedule or task.schedule,
             batch_size=size,
             device=request.device,
             threads=request.threads,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from steepest.errors import InvalidOptionError, OutputError, SteepestError
+from steepest.errors import CheckpointError, DamagedCheckpointError, InvalidOptionError, OutputError, SteepestError
 
 __all__ = [
     "CheckpointError",
@@ -27,14 +27,6 @@ class DataError(SteepestError):
 
 class ConfigError(SteepestError):
     """A file of settings that cannot be read or says something impossible."""
-
-
-class CheckpointError(SteepestError):
-    """A checkpoint that cannot be read or belongs to another run."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A file that is no readable checkpoint of any version."""
 
 
 class RecordError(SteepestError):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from steepest.training.data import Split
+from steepest.training.losses import BalancedLoss
 from steepest.training.records import finite
 from steepest.training.task import Task
 
@@ -38,6 +39,9 @@ def evaluate(task: Task, model: nn.Module, split: Split) -> Scores:
     model.eval()
     outputs = torch.cat([model(chunk) for chunk in split.inputs.split(_CHUNK)])
     model.train()
-    loss = task.loss.per_sample(outputs, split.targets).double().mean().item()
+    if isinstance(task.loss, BalancedLoss):
+        loss = task.loss.mean(outputs, split.targets).item()
+    else:
+        loss = task.loss.per_sample(outputs, split.targets).double().mean().item()
     metrics = {metric.name: finite(metric.compute(outputs, split.targets)) for metric in task.metrics}
     return Scores(loss, metrics)

@@ -202,6 +202,7 @@ def _train(trainer: Trainer, on_epoch: Callable[[EpochPoint], None], keeping: Ke
     checkpoints = Checkpoints(trainer, keeping)
     checkpoints.restore()
     trainer.run(on_epoch, checkpoints.before_step)
+    checkpoints.settle()
 
 
 def _try_out(spec: RunSpec, task: Task, entry: OptimizerEntry, model: nn.Module, train: Split) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,12 @@ from steepest.training.steps import StepFunction
 from steepest.training.subsets import Subset, subset_batches
 from steepest.training.task import Task
 
+if TYPE_CHECKING:
+    from steepest.selection.keeping import Keep
+
 __all__ = ["DivergedError", "Progress", "Trainer"]
+
+_HELD = 0.6  # of a trapezoidal schedule: the part of the budget before the rate falls
 
 
 class DivergedError(ArithmeticError):
@@ -82,6 +88,7 @@ class Trainer:
         progress: How far it is.
         subset: What is trained on at present; None for everything.
         ranks: The processes that share every batch; None for one alone. All of them make the same run.
+        keep: Where selections are kept while they are made; None where they are not.
         ask: Whether this process is to stop, and to write a checkpoint, before its next step.
         asked: What any of the processes was asked to do before the next step; None where they have not agreed on it
             since the last step.
@@ -97,6 +104,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     subset: Subset | None = None
     ranks: Ranks | None = None
+    keep: "Keep | None" = None
     ask: Callable[[], tuple[bool, bool]] = lambda: (False, False)
     asked: tuple[bool, bool] | None = None
 
@@ -164,7 +172,9 @@ class Trainer:
         # All states are those of before the selection until it is done: a checkpoint meanwhile has it made again.
         # Of several processes the first alone is told of progress, and all would have to save together.
         meanwhile = between if self.ranks is None else _nothing
-        subset, numbers = select_now(plan, self.spec.seed, epoch, self.task, self.model, self.splits, meanwhile)
+        subset, numbers = select_now(
+            plan, self.spec.seed, epoch, self.task, self.model, self.splits, meanwhile, self.keep
+        )
         self._synchronise()
         _, seconds = self._agreed(None, time.perf_counter() - start)
         self.asked = None
@@ -195,9 +205,11 @@ class Trainer:
         return min(1.0, max(by_steps, by_seconds))
 
     def _set_lr(self) -> None:
-        if self.spec.schedule == "constant":
+        own = self.spec.schedule == "auto" and self.entry.finds_length(self.spec.options)
+        if self.spec.schedule == "constant" or own:
             return
-        factor = 1.0 - self._fraction()
+        left = 1.0 - self._fraction()
+        factor = min(1.0, left / (1.0 - _HELD)) if self.spec.schedule == "trapezoidal" else left
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
 

@@ -1,11 +1,11 @@
 """Losses per sample, and the residuals behind them where there are any."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["CrossEntropy", "LabelRegression", "Loss", "SquaredError"]
+__all__ = ["BalancedLoss", "CrossEntropy", "LabelRegression", "Loss", "SquaredError"]
 
 
 class Loss(Protocol):
@@ -22,6 +22,15 @@ class Loss(Protocol):
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Signed residuals whose squares sum to the loss, `[B]` or `[B, K]`; or rows that stand in for them."""
+        ...
+
+
+@runtime_checkable
+class BalancedLoss(Loss, Protocol):
+    """A loss whose mean over a split is another than that of its samples, which have weights of the training split."""
+
+    def mean(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a whole split, a scalar."""
         ...
 
 

@@ -24,6 +24,10 @@ def _no_schedule(_optimizer: torch.optim.Optimizer, _fraction: float) -> None:
     """What an optimizer whose options stay as they are does before a step."""
 
 
+def _by_its_rate(_options: Mapping[str, object]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class OptimizerEntry:
     """One entry of the optimizer registry.
@@ -43,6 +47,8 @@ class OptimizerEntry:
         anneal: Sets options that follow the budget, other than the learning rate; called before every step with the
             optimizer and the part of the budget that is spent, 0 to 1. It must depend on nothing else, so that a
             continued run goes on with the same values.
+        finds_length: Whether, with these options, it finds the lengths of its steps itself: the schedule "auto" then
+            leaves the learning rate as it is.
         diagnose: Numbers about the last step, and rows of numbers, for the records.
         colour: Its colour in plots.
     """
@@ -58,6 +64,7 @@ class OptimizerEntry:
     kind_options: Mapping[Kind, Mapping[str, object]] = field(default_factory=dict)
     full_batch: bool = False
     anneal: Callable[[torch.optim.Optimizer, float], None] = _no_schedule
+    finds_length: Callable[[Mapping[str, object]], bool] = _by_its_rate
     diagnose: Callable[[torch.optim.Optimizer], Diagnosis] = _no_diagnostics
     colour: str = "#444444"
 

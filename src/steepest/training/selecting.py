@@ -3,11 +3,13 @@
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from steepest.distributed.ranks import RankError
 from steepest.training.data import Split, Splits
 from steepest.training.records import Selected, finite
 from steepest.training.selections import SelectionPlan
@@ -15,6 +17,7 @@ from steepest.training.subsets import Subset
 from steepest.training.task import Task
 
 if TYPE_CHECKING:
+    from steepest.selection.keeping import Keep
     from steepest.selection.method import Method
 
 __all__ = ["noted", "reads_reference", "select_now", "try_out"]
@@ -30,6 +33,7 @@ def select_now(
     model: nn.Module,
     splits: Splits,
     between: Callable[[], None],
+    keep: "Keep | None" = None,
 ) -> tuple[Subset, Selected]:
     """Select from the training split with the model as it is.
 
@@ -44,27 +48,40 @@ def select_now(
         model: The model.
         splits: The data.
         between: Called again and again meanwhile; what it raises ends the selection.
+        keep: Where it is kept, so that an interrupted one is gone on with.
 
     Returns:
         The subset, and what a record keeps of it (its seconds are not filled in).
+
+    Raises:
+        KeyboardInterrupt: If the user stopped this process, or another one that selects with it.
+        RankError: If another process failed.
     """
     from steepest.selection.select import select_subset
 
     train = splits.train
     method = plan.method(seed=seed, epoch=epoch)
+    if keep is not None:
+        keep = replace(keep, of=f"{plan.text}, seed {seed}, before epoch {epoch}")
     with warnings.catch_warnings():
         # What it warns of is among its notes, which the record keeps.
         warnings.simplefilter("ignore", UserWarning)
-        selection = select_subset(
-            _copy(task, model, splits),
-            (train.inputs, train.targets),
-            task.loss.per_sample,
-            count=plan.kept(len(train)),
-            method=method,
-            labels=train.targets if task.kind == "classification" else None,
-            progress=lambda _progress: between(),
-            review=False,
-        )
+        try:
+            selection = select_subset(
+                _copy(task, model, splits),
+                (train.inputs, train.targets),
+                task.loss.per_sample,
+                count=plan.kept(len(train)),
+                method=method,
+                labels=train.targets if task.kind == "classification" else None,
+                progress=lambda _progress: between(),
+                checkpoint=keep,
+                review=False,
+            )
+        except RankError as error:
+            if error.interrupted:  # the user stopped another process, and all stop
+                raise KeyboardInterrupt from error
+            raise
     subset = Subset(torch.as_tensor(selection.indices).long().cpu(), torch.as_tensor(selection.weights).float().cpu())
     report = selection.report
     numbers = {name: finite(float(value)) for name, value in report.numbers.items()}

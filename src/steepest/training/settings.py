@@ -17,8 +17,7 @@ from steepest.training.compare import BatchSize, Request
 from steepest.training.convert import convert, describe, plain
 from steepest.training.errors import ConfigError, UnknownNameError, unknown
 from steepest.training.source import Source
-from steepest.training.spec import Schedule
-from steepest.training.task import Kind
+from steepest.training.task import Kind, Schedule
 
 __all__ = ["CompareSettings", "Settings", "TrainSettings", "merge", "read_settings"]
 
@@ -30,7 +29,7 @@ class Settings:
     Attributes:
         epochs: Epochs per run; None takes the task's own, unless seconds are given.
         budget_seconds: Training seconds per run.
-        schedule: Learning rate over the budget.
+        schedule: Learning rate over the budget; None takes the task's own.
         batch_size: Samples per step, "all" for the whole training split; None takes the task's own.
         data_seed: Seed of the splits.
         device: Torch device.
@@ -46,7 +45,7 @@ class Settings:
 
     epochs: int | None = None
     budget_seconds: float | None = None
-    schedule: Schedule = "linear"
+    schedule: Schedule | None = None
     batch_size: BatchSize | None = None
     data_seed: int = 0
     device: str = "cpu"

@@ -4,15 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
 
 from steepest._versions import package_version
 from steepest.training.convert import plain
 from steepest.training.source import Source
+from steepest.training.task import Schedule
 
 __all__ = ["RunSpec"]
-
-Schedule = Literal["constant", "linear"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,9 @@ class RunSpec:
         data_seed: Seed of the splits, the same for all runs that are compared.
         epochs: Most passes over the training split; None leaves only the seconds.
         seconds: Most seconds of training, evaluation not counted; None leaves only the epochs.
-        schedule: Learning rate over the budget: as given, or falling linearly to zero.
+        schedule: Learning rate over the budget: as given (constant), falling linearly to zero, as given for
+            three fifths and falling to zero then (trapezoidal), or (auto) constant where the optimizer finds the
+            lengths of its steps itself and linear elsewhere.
         batch_size: Samples per step.
         device: Torch device.
         threads: Threads of torch on CPU; one is steadiest and, for small models, as fast as more.

@@ -11,9 +11,10 @@ from steepest.training.data import Shape, Splits
 from steepest.training.losses import Loss
 from steepest.training.metrics import Metric
 
-__all__ = ["FileTask", "Kind", "Task"]
+__all__ = ["FileTask", "Kind", "Schedule", "Task"]
 
 Kind = Literal["classification", "regression"]
+Schedule = Literal["constant", "linear", "trapezoidal", "auto"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Task:
         metrics: Numbers reported beside the loss, the main one first.
         batch_size: Samples per step.
         epochs: Passes over the training split when no budget is given.
+        schedule: Schedule of the learning rate when none is given.
         options: Options per optimizer that differ from the optimizer entry's own.
         options_source: How those options were chosen; None where nothing was: the optimizers' own defaults.
         files: Files that decide the data: another content makes another run.
@@ -47,6 +49,7 @@ class Task:
     metrics: tuple[Metric, ...]
     batch_size: int
     epochs: int
+    schedule: Schedule = "linear"
     options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     options_source: str | None = None
     files: tuple[Path, ...] = ()

@@ -1,3 +1,3 @@
-"""Checkpoints as folders: tensors by torch.distributed.checkpoint, everything else as JSON beside them."""
+"""What makes a checkpoint one of a run: which run it is of, names of its optimizer's states, random generators."""
 
 __all__: list[str] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from steepest._versions import package_version
-from steepest.training.checkpoints.tree import pack, unpack
+from steepest.distributed.checkpoint.tree import pack, unpack
 from steepest.training.convert import plain
 from steepest.training.errors import CheckpointError
 from steepest.training.spec import RunSpec

@@ -22,6 +22,12 @@ def _step(options: Mapping[str, object]) -> StepFunction:
     return residuals_step if options.get("rows") == "residuals" else losses_step
 
 
+def _finds_length(options: Mapping[str, object]) -> bool:
+    from steepest.optim import LeaveOneOut, LevenbergMarquardt
+
+    return isinstance(options.get("solver") or LeaveOneOut(), LeaveOneOut | LevenbergMarquardt)
+
+
 def _diagnose(optimizer: torch.optim.Optimizer) -> Diagnosis:
     diagnostics = getattr(optimizer, "diagnostics", None)
     found = {name: getattr(diagnostics, name, None) for name in _REPORTED}
@@ -49,6 +55,7 @@ ENTRIES = [
             "classification": {"solver": {"type": "Damped", "damping": 0.1}},
             "regression": {"rows": "residuals", "solver": {"type": "Damped", "damping": 0.1}},
         },
+        finds_length=_finds_length,
         diagnose=_diagnose,
         colour="#D55E00",
     )

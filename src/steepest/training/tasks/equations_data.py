@@ -119,7 +119,7 @@ CONSTRAINED = equation_task(
         num_inputs=1,
     ),
     epochs=100,
-    sven={**DAMPED, "solver": {"type": "Damped", "damping": 1e-3}},
+    sven=DAMPED,
 )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steepest.training.checkpoints.tree import leaves
-from steepest.training.errors import CheckpointError, DamagedCheckpointError
+from steepest.distributed.checkpoint.tree import leaves
+from steepest.errors import CheckpointError, DamagedCheckpointError
 
 __all__ = ["FORMAT", "check_files", "check_tensors", "read_manifest", "write_manifest"]
 
@@ -61,10 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not whole:
         raise DamagedCheckpointError(f"{path} is damaged: its SHA-256 is not the one within it")
     if content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {content.get('format')!r}, this steepest reads {FORMAT}; begin anew with "
-            "--fresh"
-        )
+        raise CheckpointError(f"{folder} has checkpoint format {content.get('format')!r}, this steepest reads {FORMAT}")
     return dict(content)
 
 
@@ -101,7 +98,7 @@ def check_tensors(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         DamagedCheckpointError: If not.
     """
-    from steepest.training.checkpoints.tensors import METADATA, load_metadata
+    from steepest.distributed.checkpoint.tensors import METADATA, load_metadata
 
     listed = load_metadata(folder).state_dict_metadata
     for leaf in leaves(content["state"]):

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: names, what is complete, what is to be removed.
+"""A folder of checkpoints: names, what is complete, what is to be removed.
 
 `step-00000120` is complete: it got its name after everything in it was on disk. What begins with a dot is not, or no
 longer.
@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from steepest.training.errors import CheckpointError, OutputError
+from steepest.errors import OutputError
 
-__all__ = ["begin", "complete", "complete_folders", "forget", "keep_newest", "refuse_old_files", "writing"]
+__all__ = ["begin", "complete", "complete_folders", "forget", "forget_newer", "is_checkpoint", "keep_newest", "writing"]
 
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
@@ -24,7 +24,7 @@ def complete_folders(folder: Path) -> list[Path]:
     """The complete checkpoints.
 
     Args:
-        folder: The folder of a run's checkpoints; it need not be there.
+        folder: The folder of the checkpoints; it need not be there.
 
     Returns:
         Their folders, the newest last.
@@ -34,39 +34,22 @@ def complete_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_order)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether something within such a folder is a checkpoint, or what is left of one."""
+    return _NAME.fullmatch(path.name) is not None or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
 def _order(path: Path) -> tuple[int, int]:
     found = _NAME.fullmatch(path.name)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
-
-
-def refuse_old_files(folder: Path) -> None:
-    """Refuse what earlier versions wrote: one file.
-
-    Args:
-        folder: The folder of a run's checkpoints.
-
-    Raises:
-        CheckpointError: If there is such a file.
-    """
-    for old in _old_files(folder):
-        if old.is_file():
-            raise CheckpointError(
-                f"{old} is a checkpoint of an earlier version in one file, and this steepest reads folders: finish the "
-                "run with the version that began it, or begin anew with --fresh"
-            )
-
-
-def _old_files(folder: Path) -> list[Path]:
-    beside = ("checkpoint.pt", "checkpoint.previous.pt") if folder.name == "checkpoints" else ()
-    return [folder, *(folder.with_name(name) for name in beside)]
 
 
 def begin(folder: Path, steps: int) -> tuple[Path, Path]:
     """Make the folder that a checkpoint is written into, and remove what killed writers left.
 
     Args:
-        folder: The folder of a run's checkpoints.
-        steps: Steps that the run has taken.
+        folder: The folder of the checkpoints.
+        steps: Number of the checkpoint, by which the newest is known.
 
     Returns:
         The folder to write into, and the one that it becomes.
@@ -121,23 +104,33 @@ def keep_newest(newest: Path, keep: int) -> None:
         _remove(path)
 
 
-def forget(folder: Path) -> None:
-    """Remove all checkpoints of a run, and those of earlier versions.
+def forget_newer(than: Path) -> None:
+    """Remove the checkpoints after one, which were damaged and passed over.
 
     Args:
-        folder: The folder of a run's checkpoints.
+        than: The one.
+    """
+    paths = complete_folders(than.parent)
+    for path in paths[paths.index(than) + 1 :]:
+        _remove(path)
+
+
+def forget(folder: Path) -> None:
+    """Remove all checkpoints, and their folder where nothing else is in it.
+
+    Args:
+        folder: Their folder; it need not be there.
 
     Raises:
         OutputError: If they cannot be removed.
     """
     try:
-        for old in _old_files(folder):
-            if old.is_file():
-                old.unlink()
         for path in complete_folders(folder):
             _remove(path)
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        for leftover in folder.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     except OSError as error:
         raise OutputError(f"{folder} cannot be removed ({error.strerror or error}): remove it yourself") from error
 
@@ -167,5 +160,5 @@ def writing(target: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{target} cannot be written ({error.strerror or error}); the checkpoints before it are complete: make "
-            "room and go on with --resume"
+            "room and go on from there"
         ) from error

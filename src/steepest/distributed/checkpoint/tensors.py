@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from steepest.distributed import Ranks
 from steepest.distributed.contact import contact
-from steepest.training.errors import DamagedCheckpointError
+from steepest.errors import DamagedCheckpointError
 
 __all__ = ["METADATA", "load_metadata", "read_tensors", "write_tensors"]
 
@@ -97,9 +97,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], ranks: Ranks | None) 
             )
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise DamagedCheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {reason}); begin anew with --fresh"
-        ) from error
+        raise DamagedCheckpointError(f"{folder} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def load_metadata(folder: Path) -> Metadata:

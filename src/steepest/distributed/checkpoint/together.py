@@ -9,22 +9,20 @@ from torch import Tensor
 
 from steepest.distributed import Ranks
 from steepest.distributed.agreement import tell
-from steepest.distributed.ranks import RankError
-from steepest.training.checkpoints.folders import (
+from steepest.distributed.checkpoint.folders import (
     begin,
     complete,
     complete_folders,
     keep_newest,
-    refuse_old_files,
     writing,
 )
-from steepest.training.checkpoints.manifest import check_files, check_tensors, read_manifest, write_manifest
-from steepest.training.errors import CheckpointError, DamagedCheckpointError, OutputError
+from steepest.distributed.checkpoint.manifest import check_files, check_tensors, read_manifest, write_manifest
+from steepest.distributed.ranks import RankError
+from steepest.errors import CheckpointError, DamagedCheckpointError, OutputError
 
-__all__ = ["choose", "write_checkpoint"]
+__all__ = ["choose", "each", "lead", "write_checkpoint"]
 
 T = TypeVar("T")
-_REMEDY = "begin anew with --fresh"
 
 
 def write_checkpoint(
@@ -33,8 +31,8 @@ def write_checkpoint(
     """Write a checkpoint that is complete or not there. All ranks must come here.
 
     Args:
-        folder: The folder of the run's checkpoints.
-        steps: Steps that the run has taken.
+        folder: The folder of the checkpoints.
+        steps: Number of the checkpoint, by which the newest is known.
         keep: How many checkpoints stay.
         tensors: What this rank has.
         content: The manifest but for the list of files; the first rank's is taken.
@@ -46,7 +44,7 @@ def write_checkpoint(
     Raises:
         OutputError: On all ranks, if it cannot be written on one.
     """
-    from steepest.training.checkpoints.tensors import write_tensors
+    from steepest.distributed.checkpoint.tensors import write_tensors
 
     leads = ranks is None or ranks.rank == 0
     temporary: Path | None = None
@@ -65,7 +63,7 @@ def write_checkpoint(
                 keep_newest(target, keep)
             return target
 
-        parts = _all(ranks, write)
+        parts = each(ranks, write)
         return _first(ranks, finish)
     except RankError as error:
         raise OutputError(str(error)) from error
@@ -83,7 +81,7 @@ def choose(folder: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tup
     """Find the newest checkpoint that is as it was written. All ranks must come here; each reads a part of the files.
 
     Args:
-        folder: The folder of the run's checkpoints.
+        folder: The folder of the checkpoints.
         ranks: The ranks; None for one process alone.
         say: Told what is damaged, and what is used instead.
 
@@ -95,7 +93,7 @@ def choose(folder: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tup
         CheckpointError: If one is of another version.
     """
     try:
-        paths = _first(ranks, lambda: _listed(folder))
+        paths = _first(ranks, lambda: complete_folders(folder))
         problems: list[str] = []
         for path in reversed(paths):
             content, found = _examined(path, ranks)
@@ -107,13 +105,8 @@ def choose(folder: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tup
     except RankError as error:
         raise CheckpointError(str(error)) from error
     if problems:
-        raise DamagedCheckpointError(f"{'; '.join(problems)}; {_REMEDY}")
+        raise DamagedCheckpointError(f"{'; '.join(problems)}")
     return None
-
-
-def _listed(folder: Path) -> list[Path]:
-    refuse_old_files(folder)
-    return complete_folders(folder)
 
 
 def _examined(path: Path, ranks: Ranks | None) -> tuple[dict[str, Any] | None, list[str]]:
@@ -133,7 +126,7 @@ def _examined(path: Path, ranks: Ranks | None) -> tuple[dict[str, Any] | None, l
             return str(error)
         return ""
 
-    return content, [found for found in _all(ranks, check) if found]
+    return content, [found for found in each(ranks, check) if found]
 
 
 def _manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
@@ -143,8 +136,35 @@ def _manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
         return None, str(error)
 
 
-def _all(ranks: Ranks | None, work: Callable[[], T]) -> list[T]:
-    """What the work gave on every rank."""
+def lead(ranks: Ranks | None, work: Callable[[], T]) -> T:
+    """Let the first rank do something, and all fail where it does. All ranks must come here.
+
+    Args:
+        ranks: The ranks; None for one process alone.
+        work: What to do; what it returns must be small and picklable.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        CheckpointError: On the others, if it failed.
+    """
+    try:
+        return _first(ranks, work)
+    except RankError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def each(ranks: Ranks | None, work: Callable[[], T]) -> list[T]:
+    """Let every rank do something, and all fail where one does. All ranks must come here.
+
+    Args:
+        ranks: The ranks; None for one process alone.
+        work: What to do; what it returns must be small and picklable.
+
+    Returns:
+        What it returned on every rank.
+    """
     if ranks is None:
         return [work()]
     try:
@@ -158,4 +178,4 @@ def _first(ranks: Ranks | None, work: Callable[[], T]) -> T:
     """What the work gave on the first rank, where alone it is done."""
     if ranks is None:
         return work()
-    return cast("T", _all(ranks, lambda: work() if ranks.rank == 0 else None)[0])
+    return cast("T", each(ranks, lambda: work() if ranks.rank == 0 else None)[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steepest.training.errors import CheckpointError
+from steepest.errors import CheckpointError
 
 __all__ = ["blank", "leaves", "pack", "unpack"]
 
