@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from steepest.training.errors import DataError
 from steepest.training.execute import execute
-from steepest.training.isolate import execute_isolated
+from steepest.training.isolate import _interrupts_held_back, execute_isolated
 from steepest.training.records import EpochPoint
 from steepest.training.source import Source
 from steepest.training.spec import RunSpec
@@ -70,3 +72,24 @@ def test_a_run_whose_files_are_gone_is_told_without_a_traceback(capfd: pytest.Ca
 def test_the_record_of_a_dead_process_has_the_threads_of_its_run() -> None:
     record = execute_isolated(replace(SPEC, epochs=100_000, threads=2), timeout=0.5)
     assert record.environment["threads"] == 2
+
+
+def test_an_interrupt_that_another_thread_takes_waits_until_the_child_has_all_it_needs() -> None:
+    over, reached = threading.Event(), []
+
+    def interrupted() -> None:
+        with _interrupts_held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            reached.append(True)
+
+    other = threading.Thread(target=over.wait)
+    other.start()  # its mask lets interrupts through
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        over.set()
+        other.join()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

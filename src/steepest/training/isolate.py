@@ -7,6 +7,7 @@ instead of the seconds that importing torch takes.
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,14 +46,21 @@ def _interrupts_held_back() -> Iterator[None]:
     It goes to the whole group of processes, and this one decides what becomes of the others: a fork server that is
     started meanwhile never sees it, nor do its children, and no child waits in vain for what it is to do.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
+    # The mask is this thread's alone, though children inherit it: another thread may take the signal, and Python then
+    # runs the handler here all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _child(connection: Connection, spec: RunSpec) -> None:
