@@ -16,7 +16,7 @@ from steepest.optim.together import solver_name
 
 __all__ = ["Choices"]
 
-_RELATIVE_DECAY = 1e-3  # where nobody chose a solver
+_RELATIVE_DECAY = 2e-3  # where nobody chose a solver
 
 
 @dataclass(frozen=True, eq=False)

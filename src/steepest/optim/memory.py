@@ -95,7 +95,7 @@ class Memory:
             What there is to report.
         """
         solution, scale, step = outcome.solution, outcome.scale, self["step"]
-        norm = outcome.norm * scale
+        norm = solution.norm * scale
         self.change(
             step=step + 1,
             norm_mean=NORM_DECAY * self["norm_mean"] + (1 - NORM_DECAY) * norm,

@@ -22,6 +22,9 @@ class Mover:
         groups: The parameter groups that Sven trains.
         params: All parameters by name.
         momentum: Share of the direction before that belongs to every direction.
+
+    Attributes:
+        decay: Share by which the parameters shrink, before the learning rate and beside weight decay.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Mover:
     ) -> None:
         names = {id(p): name for name, p in params.items()}
         self._system, self._momentum, self._params = system, momentum, params
+        self.decay = system.decay
         self._groups = [(group, [names[id(p)] for p in group["params"]]) for group in groups]
         # Then d is J^T w in the parameters' own shapes, and can be added to them without a copy.
         self._straight = system.geometry is None and system.previous is None and not system.index
@@ -111,7 +115,7 @@ class Mover:
 
     def _decay(self) -> None:
         for group, _ in self._groups:
-            decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"] + self._system.decay)
+            decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"] + self.decay)
 
 
 def _length(direction: Mapping[str, Tensor]) -> float:

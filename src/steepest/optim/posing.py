@@ -149,9 +149,10 @@ def pose(
 
 
 def _lack(jacobian: Jacobian, params: Mapping[str, Tensor], rhs: Tensor) -> float:
-    """What the conditions lack, as a share of what they would lose with all of the parameters: ``|R| / |J theta|``."""
-    lost = torch.linalg.vector_norm(jacobian.jvp({name: params[name].detach() for name in jacobian.names}).double())
-    return min(1.0, float(torch.linalg.vector_norm(rhs.double()) / lost.clamp(min=torch.finfo(torch.float64).tiny)))
+    """What the conditions lack, against what they would lose with all of the parameters: ``|R|^2 / |J theta|^2``."""
+    # Squares: a decay in proportion to |R| would hold up whatever a step mends by less than that proportion.
+    lost = jacobian.jvp({name: params[name].detach() for name in jacobian.names}).double().square().sum()
+    return min(1.0, float(rhs.double().square().sum() / lost.clamp(min=torch.finfo(torch.float64).tiny)))
 
 
 def _restricted(jacobian: Jacobian, choices: Choices, step: int) -> tuple[dict[str, Tensor], Jacobian]:

@@ -60,10 +60,10 @@ class Step:
         if isinstance(solver, LevenbergMarquardt):
             trials = self._trials(batch)
             solution, accepted = search(solver, system.used, system.rhs, self._memory["solver"], trials)
-            norm, scale = mover.norm(solution), 1.0
+            scale = 1.0
         else:
             solution = self._solved()
-            norm, scale = self._guarded(solution)
+            scale = self._guarded(solution)
             if self._choices.tries:
                 trials = self._trials(batch)
                 solution, accepted = verified(solution, trials.before, lambda s, length: trials(s, length * scale))
@@ -71,7 +71,7 @@ class Step:
                 mover(solution, scale * solution.step)
                 accepted = True
         keep = accepted and system.previous is not None
-        return Outcome(solution, norm, scale, accepted, mover.direction(solution) if keep else None)
+        return Outcome(solution, scale, accepted, mover.direction(solution) if keep else None)
 
     def _trials(self, batch: Batch) -> Trials:
         given = self._system.given
@@ -92,12 +92,14 @@ class Step:
             return solver.adapt(system.used, system.rhs, self._memory["solver"], system.samples)
         return solver.solve(system.used, system.rhs)
 
-    def _guarded(self, solution: Solution) -> tuple[float, float]:
-        """Euclidean norm of the direction, and the factor of the norm guard; rank 0 says both."""
-        norm = self._mover.norm(solution)
+    def _guarded(self, solution: Solution) -> float:
+        """The factor of the norm guard; of several processes it and the decay are those of rank 0."""
+        # The first step is compared with the parameters, in their norm; the others with those before, in that of the
+        # metric: in the Euclidean one long steps along what hardly matters would be clipped.
+        norm = solution.norm if self._memory["step"] else self._mover.norm(solution)
         scale = self._memory.guard(norm, self._choices.max_norm_ratio)
         if self._ranks is not None:
-            told = torch.tensor([norm, scale], dtype=torch.float64, device=self._system.jacobian.device)
+            told = torch.tensor([scale, self._mover.decay], dtype=torch.float64, device=self._system.jacobian.device)
             self._ranks.broadcast_([told], source=0)
-            norm, scale = told.tolist()
-        return norm, scale
+            scale, self._mover.decay = told.tolist()
+        return scale

@@ -93,14 +93,13 @@ class Sven(Optimizer):
         momentum: mu of ``|J d - R|^2 + lambda |d - mu d_before|^2``, d staying near the step before (SPRING, arXiv
             2401.10190).
         weights: Weight of some named blocks in the loss: residuals are multiplied with its root.
-        max_norm_ratio: Norm guard: d is shortened to this multiple of its Euclidean norm's running mean, the first d to
-            the norm of the parameters themselves; None for no guard. Without it one ill-conditioned batch can carry the
-            model far away at finite loss, the first batch above all.
+        max_norm_ratio: Norm guard: d is shortened to this multiple of its norm's running mean (Euclidean, or that of
+            the metric), the first d to the norm of the parameters themselves; None for no guard. Without it one
+            ill-conditioned batch can carry the model far away at finite loss, the first batch above all.
         weight_decay: Decoupled weight decay w: parameters shrink by ``lr w`` of themselves in every step.
         relative_decay: c of a decay that follows the conditions and is added to w:
-            ``c min(1, |R| / |J theta|)``, which changes the conditions by the share c of what they lack. It keeps
-            models small that could fit wrong labels, and leaves those alone that fit everything. By default 0.001
-            without a ``solver``, else 0.
+            ``c min(1, |R|^2 / |J theta|^2)``. It keeps models small that could fit wrong labels, and leaves those alone
+            that fit everything. By default 0.002 without a ``solver``, else 0.
         fraction: Random fraction of the output rows of every layer that a step changes: less memory and time.
         samples_per_row: Losses averaged into one row (micro-batching): fewer rows, less memory and time.
         seed: Seed of the random fraction.

@@ -23,7 +23,8 @@ class SvenDiagnostics:
         rank: Singular directions used.
         spectrum: Singular values of J, largest first, float64; None where the solver needs none.
         noise_floor: Relative size below which singular values are rounding.
-        update_norm: Euclidean norm of the direction d before lr, after clipping, without momentum's share.
+        update_norm: Norm of the direction d before lr, after clipping, without momentum's share: Euclidean, or that of
+            the metric.
         clipped: Whether the norm guard shortened it.
         num_clipped: How many steps it has shortened so far.
         num_skipped: How many non-finite steps were skipped so far.
@@ -89,14 +90,12 @@ class Outcome:
 
     Args:
         solution: The direction, with its length and the solver's memory.
-        norm: Its Euclidean norm.
         scale: Factor of the norm guard.
         accepted: Whether the parameters moved.
         direction: The direction in the parameters, where it is to be remembered for momentum.
     """
 
     solution: Solution
-    norm: float
     scale: float
     accepted: bool
     direction: dict[str, Tensor] | None
