@@ -163,7 +163,7 @@ def row_of(task: str, name: str, optimizer: str, records: Path, trials: int) -> 
 def table(rows: list[Row]) -> str:
     """The record as Markdown: final loss, and the soonest time to Adam's over all runs of an optimizer."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    names = [name for name in dict.fromkeys(row["optimizer"] for row in rows) if not name.endswith(" epochs")]
+    names = list(dict.fromkeys(row["optimizer"] for row in rows))
     lines = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(_cell(rows, task, name) for task in tasks) + " |" for name in names]
     return "\n".join(lines)
