@@ -195,6 +195,7 @@ CASES = [
     Case("residuals and momentum", mlp, floats(5), far, always(rows="residuals", momentum=0.6), **LOOSE),
     Case("untried", mlp, floats(5), far_losses, always(solver=st.LeaveOneOut(verify=False), kappa=1.0), **LOOSE),
     Case("metric", mlp, floats(5), residuals, always(**DAMPED, metric=st.KroneckerMetric(every=2), momentum=0.5)),
+    Case("balanced metric", mlp, floats(5), residuals, always(**DAMPED, metric=st.BalancedMetric(), momentum=0.5)),
     Case("metric of images", cnn, floats(2, 8, 8), residuals, always(**DAMPED, metric=st.KroneckerMetric(power=0.5))),
     Case("metric of text", text, tokens, residuals, always(**DAMPED, metric=st.KroneckerMetric())),
     Case("vector rows", wide, floats(5), vectors, always(rows="residuals"), **LOOSE),

@@ -83,8 +83,8 @@ class BalancedMetric:
         roots = torch.where(metric > 0, metric, torch.ones_like(metric)).rsqrt().tolist()
         scales = dict(zip(layers, roots, strict=True))
         if isinstance(jacobian, SpreadJacobian):
-            return BalancedGeometry(jacobian.mapped(lambda rows: _scaled(rows, scales)), scales, states)
-        return BalancedGeometry(_scaled(jacobian, scales), scales, states)
+            return BalancedGeometry(jacobian.mapped(lambda rows: _scaled(rows, layers, scales)), scales, states)
+        return BalancedGeometry(_scaled(jacobian, layers, scales), scales, states)
 
     def _blended(self, before: Mapping[str, Any], mean: Tensor) -> dict[str, Tensor]:
         last = before.get("mean_square")  # of another metric there is none: it begins anew
@@ -131,8 +131,8 @@ def _layers(records: Iterable[Record]) -> dict[str, Record]:
     return found
 
 
-def _scaled(jacobian: Jacobian, scales: Mapping[str, float]) -> Jacobian:
-    """Multiply the rows' parts in every layer."""
-    records = [record.scaled(scales[name]) for name, record in _layers(jacobian.records).items()]
+def _scaled(jacobian: Jacobian, layers: Mapping[str, Record], scales: Mapping[str, float]) -> Jacobian:
+    """The rows of these layers, each multiplied with its scale."""
+    records = [record.scaled(scales[name]) for name, record in layers.items()]
     shapes = jacobian.shapes
     return Jacobian(records, shapes, jacobian.num_rows, jacobian.max_memory, jacobian.device, jacobian.dtype)
