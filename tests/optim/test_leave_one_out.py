@@ -108,7 +108,9 @@ def by_definition(
     for r, (a, b) in zip(relative, worth.T.tolist(), strict=True):
         eta = min(max(a / b, 0.0), 1.0)
         gains.append(eta * (2 * a - eta * b) if r > 0.99 * floor else -1)
-    near = [index for index, gain in enumerate(gains) if gain >= (1 - solver.slack) * max(gains)]
+    most = max(gains)
+    enough = max((1 - solver.slack) * most, most - solver.slack * (1 - most))
+    near = [index for index, gain in enumerate(gains) if gain >= min(enough, most)]
     best = near[-1] if max(gains) > 0 else gains.index(0)
     length = min(max(float(worth[0, best] / worth[1, best]), 0.0), 1.0)
     damping = relative[best] * mean
@@ -134,6 +136,30 @@ def test_damping_and_length_follow_the_definition(samples: list[tuple[int, int]]
         torch.testing.assert_close(solution.memory, want["memory"], rtol=1e-6, atol=1e-8)
         assert 0 < solution.step <= 1
         memory = solution.memory
+
+
+@pytest.mark.parametrize(("noise", "lowest", "highest"), [(0.3, 0.9, 1.0), (4.0, 0.0, 0.5)])
+def test_slack_is_a_share_of_the_decrease_or_of_what_it_leaves(noise: float, lowest: float, highest: float) -> None:
+    matrix, _ = system([(60, 1)], 20, 5)
+    rhs = matrix @ torch.linspace(-1, 1, 20, dtype=DOUBLE) + noise * system([(60, 1)], 20, 6)[1]
+    grid = torch.logspace(-6, 2, 17, dtype=DOUBLE) * float(matrix.square().sum()) / 60
+    guesses = rhs - closed_form(matrix, rhs, grid, [(60, 1)])
+    right, length = guesses @ rhs / (rhs @ rhs), guesses.square().sum(1) / (rhs @ rhs)
+    shares = (right / length).clamp(0, 1)
+    gains = (shares * (2 * right - shares * length)).tolist()
+    most = max(gains)
+    assert lowest < most < highest
+    dampings = []
+    for slack in (0.0, 0.1, 0.5):
+        solver = st.LeaveOneOut(smallest=1e-6, largest=1e2, slack=slack)
+        taken = solver.solve(jacobian_of(matrix), rhs).damping
+        assert taken is not None
+        gain = gains[int((grid - taken).abs().argmin())]
+        given = (most - gain) / min(most, 1 - most)
+        assert 0 <= given <= slack + 1e-9
+        dampings.append(taken)
+    assert dampings == sorted(dampings)
+    assert dampings[0] < dampings[-1]
 
 
 def test_solve_is_adapt_without_a_past() -> None:

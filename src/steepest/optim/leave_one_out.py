@@ -52,8 +52,9 @@ class LeaveOneOut:
         smallest: Smallest relative damping on the grid; of samples with several rows at least 1e-8.
         largest: Largest relative damping on the grid. Where the batches are noise the next step's loss would ask for
             ever larger ones, which only shorten the steps that later batches would have gained by.
-        slack: Share of the largest expected decrease that is given away for a larger damping: where data are noisy the
-            decrease hardly depends on it, and the larger one leaves more to the batches that follow.
+        slack: Share of the largest expected decrease that is given away for a larger damping, and at most the same share
+            of what that decrease would leave: where data are noisy the decrease hardly depends on the damping, and the
+            larger one leaves more to the batches that follow; where they are not, what is left is all that counts.
         verify: Whether steps are tried out. False saves the second forward pass, and trusts the linear model.
         precision: Precision of the Gram's products. With "float32" rounding keeps the damping above about 1e-7.
 
@@ -131,7 +132,8 @@ class LeaveOneOut:
         decrease = torch.where(relative >= min(floor, float(relative[-1])), decrease, -1)
         most = float(decrease.max())
         # The largest damping that is nearly as good as the best.
-        best = int((decrease >= (1 - self.slack) * most).nonzero()[-1]) if most > 0 else int(decrease.argmax())
+        enough = most - self.slack * min(most, max(1 - most, 0.0))
+        best = int((decrease >= enough).nonzero()[-1]) if most > 0 else int(decrease.argmax())
         length = float(lengths[best])
         solved = vectors @ ((vectors.T @ target) / (values + grid[best]))
         solution = gram.solution(solved.to(gram.matrix.dtype), len(solved), spectrum.values.double())
