@@ -119,12 +119,25 @@ def text() -> nn.Module:
     )  # fmt: skip
 
 
+def curved(model: Any, data: Data) -> dict[str, Tensor]:
+    """An equation with second derivatives, by plain autograd, and its boundary."""
+    points = data["x"].detach().requires_grad_()
+    u = model(points)
+    (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+    seconds = [torch.autograd.grad(slope[:, i].sum(), points, create_graph=True)[0][:, i] for i in (0, 1)]
+    return {"equation": seconds[0] + seconds[1] - u[:, 0] * slope[:, 0] - 2, "edge": model(data["edge"])[:, 0]}
+
+
 def tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 1))
 
 
 def recurrent() -> nn.Module:
     return Net(lambda n, x: n.last(n.cell(x)[0][:, -1]), cell=nn.LSTM(3, 4, batch_first=True), last=nn.Linear(4, 1))
+
+
+def plane() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 def field() -> nn.Module:
@@ -249,4 +262,8 @@ CASES = [
          lambda model: {"capture": st.ReferenceCapture(model), **DAMPED, "relative_decay": 0.5}),
     Case("one backward for each row", recurrent, floats(4, 3), losses,
          lambda model: {"capture": st.ReferenceCapture(model), **EIGH, "lr": 0.2}),
+    Case("an equation, one backward for all rows", plane, points, curved,
+         lambda model: {"capture": st.BatchedCapture(model), **DAMPED, "weights": {"edge": 5.0}, "fraction": 0.5}),
+    Case("levenberg of an equation, one backward for all rows", plane, points, curved,
+         lambda model: {"capture": st.BatchedCapture(model), **TRIED, "weights": {"edge": 5.0}}),
 ]  # fmt: skip

@@ -52,9 +52,10 @@ class LeaveOneOut:
         smallest: Smallest relative damping on the grid; of samples with several rows at least 1e-8.
         largest: Largest relative damping on the grid. Where the batches are noise the next step's loss would ask for
             ever larger ones, which only shorten the steps that later batches would have gained by.
-        slack: Share of the largest expected decrease that is given away for a larger damping, and at most the same share
-            of what that decrease would leave: where data are noisy the decrease hardly depends on the damping, and the
-            larger one leaves more to the batches that follow; where they are not, what is left is all that counts.
+        slack: Share of the largest expected decrease that is given away for a larger damping, and at most the same
+            share of what that decrease would leave: where data are noisy the decrease hardly depends on the damping,
+            and the larger one leaves more to the batches that follow; where they are not, all that counts is what is
+            left.
         verify: Whether steps are tried out. False saves the second forward pass, and trusts the linear model.
         precision: Precision of the Gram's products. With "float32" rounding keeps the damping above about 1e-7.
 
