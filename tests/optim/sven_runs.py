@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import steepest as st
+from steepest.engine import Jacobian
+from steepest.engine.records import MaterializedRecord
 
 DOUBLE = torch.float64
 
@@ -39,6 +41,11 @@ def dense_jacobian(params: Sequence[Tensor], rows: Tensor) -> Tensor:
     """``[R, P]``, a backward for each row; parameters that a row does not depend on have zeros."""
     grads = [torch.autograd.grad(row, list(params), retain_graph=True, materialize_grads=True) for row in rows]
     return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads])
+
+
+def jacobian_of(matrix: Tensor) -> Jacobian:
+    record = MaterializedRecord({"w": matrix})
+    return Jacobian([record], dict(record.shapes), len(matrix), 1 << 20, matrix.device, matrix.dtype)
 
 
 def snapshot(model: nn.Module) -> list[Tensor]:

@@ -1,38 +1,20 @@
-"""Leave-one-out against really leaving out, and steps that are tried before they are taken."""
+"""Leave-one-out against really leaving out."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import pickle
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from torch import Tensor, nn
+from torch import Tensor
 
 import steepest as st
-from optim.sven_runs import (
-    DOUBLE,
-    counted,
-    data,
-    dense_jacobian,
-    flat,
-    mlp,
-    residuals,
-    same,
-    seen,
-    snapshot,
-    state_of,
-    unchanged,
-)
-from steepest.engine import Jacobian
-from steepest.engine.records import MaterializedRecord
+from optim.sven_runs import DOUBLE, data, dense_jacobian, flat, jacobian_of, mlp, residuals, same, seen
 from steepest.linalg import symmetric_spectrum
-from steepest.optim.gram import Solution
-from steepest.optim.leave_one_out import left_out, verified
+from steepest.optim.leave_one_out import left_out
 
 LAMBDAS = torch.tensor([1e-6, 1e-2, 1.0, 1e4], dtype=DOUBLE)
 
@@ -63,11 +45,6 @@ def closed_form(matrix: Tensor, rhs: Tensor, dampings: Tensor, samples: list[tup
     return left_out(spectrum.values.square(), spectrum.vectors, rhs, dampings, samples)
 
 
-def jacobian_of(matrix: Tensor) -> Jacobian:
-    record = MaterializedRecord({"w": matrix})
-    return Jacobian([record], dict(record.shapes), len(matrix), 1 << 20, matrix.device, matrix.dtype)
-
-
 @given(
     samples=some.lists(some.tuples(some.integers(1, 4), some.integers(1, 3)), min_size=1, max_size=3),
     parameters=some.integers(2, 16),
@@ -96,7 +73,8 @@ def by_definition(
     """Damping, length, direction and memory, every solution without a sample made for itself."""
     smallest = max(solver.smallest, 1e-8) if any(size > 1 for _, size in samples) else solver.smallest
     decades = torch.log10(torch.tensor([smallest, solver.largest], dtype=DOUBLE)).round(decimals=9).tolist()
-    relative = [10 ** (decades[0] + half / 2) for half in range(round(2 * (decades[1] - decades[0])) + 1)]
+    points = int(2 * (decades[1] - decades[0])) + 1  # two for each decade, evenly, both ends among them
+    relative = [10 ** (decades[0] + n * (decades[1] - decades[0]) / (points - 1)) for n in range(points)]
     mean = float((matrix @ matrix.T).trace()) / len(rhs)
     predicted = [rhs - slowly(matrix, rhs, r * mean, samples) for r in relative]
     worth = torch.stack([torch.stack([p @ rhs, p @ p]) / (rhs @ rhs) for p in predicted], 1)
@@ -206,215 +184,6 @@ def test_conditions_that_say_nothing_move_nothing(zero: str) -> None:
     assert torch.equal(moved, torch.zeros_like(moved))
     assert solution.memory is not None
     assert solution.memory.isfinite().all()
-
-
-# ---- steps that are tried
-
-
-def untried(floor: float = 1e-14, used: float = 1e-3, step: float = 0.8) -> Solution:
-    memory = torch.tensor([0.5, 0.5, floor, used], dtype=DOUBLE)
-    jacobian = jacobian_of(torch.ones(1, 1, dtype=DOUBLE))
-    return Solution(jacobian, 1, None, 0.0, 1.0, 1.0, weights=torch.ones(1), step=step, memory=memory)
-
-
-@pytest.mark.parametrize("halvings", range(6))
-def test_a_step_is_halved_up_to_four_times_and_then_given_up(halvings: int) -> None:
-    lengths: list[float] = []
-
-    def attempt(_: Solution, length: float) -> float:
-        lengths.append(length)
-        return 1.0 if len(lengths) <= halvings else 0.999
-
-    solution, accepted = verified(untried(), 1.0, attempt)
-    assert lengths == [0.8 / 2**k for k in range(min(halvings, 4) + 1)]
-    assert accepted == (halvings <= 4)
-    assert solution.step == (lengths[-1] if accepted else 0)
-    assert solution.memory is not None
-    assert float(solution.memory[-2]) == pytest.approx(1e-3 * 10 ** min(halvings, 4) if halvings else 5e-15)
-    assert solution.memory[:2].tolist() == [0.5, 0.5]
-
-
-def test_the_floor_never_falls_by_a_halving_and_falls_by_two_without_one() -> None:
-    held, _ = verified(untried(floor=10.0), 1.0, lambda _, length: 2.0 if length > 0.5 else 0.5)
-    assert held.memory is not None
-    assert float(held.memory[-2]) == 10.0
-    free, _ = verified(untried(floor=10.0), 1.0, lambda *_: 0.5)
-    assert free.memory is not None
-    assert float(free.memory[-2]) == 5.0
-
-
-@pytest.mark.parametrize(("step", "before"), [(0.0, 1.0), (0.8, 0.0)], ids=["of no length", "of a fitted batch"])
-def test_a_step_that_can_gain_nothing_is_not_tried_and_raises_no_floor(step: float, before: float) -> None:
-    def attempt(*_: Any) -> float:
-        raise AssertionError
-
-    solution, accepted = verified(untried(step=step, floor=1.0), before, attempt)
-    assert not accepted
-    assert solution.step == 0
-    assert solution.memory is not None
-    assert float(solution.memory[-2]) == 0.5
-
-
-def residual_problem(**options: Any) -> tuple[nn.Module, st.Sven, Any]:
-    model, (x, y) = mlp(), data(12)
-    opt = st.Sven(model, rows="residuals", **options)
-    return model, opt, lambda: residuals(model, x, y + 2)
-
-
-def test_a_step_that_does_not_help_leaves_the_parameters_as_they_were() -> None:
-    model, opt, closure = residual_problem(solver=st.LeaveOneOut(slack=0.0, largest=1e3))
-    opt.step(closure)
-    before, used = snapshot(model), float(state_of(opt)["state"][0]["solver"][-1])
-    opt.step(counted(closure, lambda n, rows: rows if n == 0 else 100 + rows))
-    assert unchanged(model, before)
-    assert not seen(opt).accepted
-    assert seen(opt).length == 0
-    memory = opt.state_dict()["state"][0]
-    assert memory["step"] == 2
-    assert float(memory["solver"][-2]) == pytest.approx(1e4 * float(memory["solver"][-1]))
-    opt.step(closure)
-    later = float(opt.state_dict()["state"][0]["solver"][-1])
-    assert later >= min(1e3, 0.99e4 * float(memory["solver"][-1])) > used  # the next one takes a larger damping
-    assert seen(opt).accepted
-
-
-def test_a_step_is_shortened_until_the_batch_gains() -> None:
-    model, opt, closure = residual_problem(relative_decay=0.0)
-    twin, other, again = residual_problem(solver=st.LeaveOneOut(verify=False), metric=st.KroneckerMetric())
-    opt.step(counted(closure, lambda n, rows: rows if n in {0, 3} else 100 + rows))
-    start = flat(twin)
-    other.step(again)
-    assert seen(opt).accepted
-    assert seen(opt).length == seen(other).length / 4
-    torch.testing.assert_close(flat(model) - start, (flat(twin) - start) / 4, rtol=1e-10, atol=1e-12)
-
-
-def test_without_verification_the_closure_is_called_once() -> None:
-    calls = []
-    for verify in (True, False):
-        _, opt, closure = residual_problem(solver=st.LeaveOneOut(verify=verify))
-        number: list[int] = []
-        opt.step(counted(closure, lambda n, rows, number=number: number.append(n) or rows))
-        calls.append(len(number))
-    assert calls == [2, 1]
-
-
-@pytest.mark.parametrize("worse", [float("nan"), float("inf"), 1e200])
-def test_a_trial_that_is_not_finite_is_a_trial_that_failed(worse: float) -> None:
-    model, opt, closure = residual_problem()
-    before = snapshot(model)
-    opt.step(counted(closure, lambda n, rows: rows if n == 0 else rows * worse))
-    assert unchanged(model, before)
-    assert not seen(opt).accepted
-
-
-@pytest.mark.parametrize("solver", [st.LeaveOneOut(), st.LevenbergMarquardt()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("skip", ["raise", "skip"])
-def test_an_error_in_the_second_call_leaves_everything_as_it_was(skip: Any, solver: Any) -> None:
-    model, opt, closure = residual_problem(solver=solver, metric=st.KroneckerMetric(), momentum=0.5, on_nonfinite=skip)
-    for _ in range(2):
-        opt.step(closure)
-    before, state, random = snapshot(model), state_of(opt), torch.get_rng_state()
-
-    def broken(number: int, rows: Tensor) -> Tensor:
-        if number > 0:
-            raise KeyError("user")
-        return rows
-
-    with pytest.raises(KeyError, match="user"):
-        opt.step(counted(closure, broken))
-    assert unchanged(model, before)
-    assert same(opt.state_dict(), state)
-    assert torch.equal(torch.get_rng_state(), random)
-    opt.step(closure)
-    assert not unchanged(model, before)
-
-
-def test_negative_losses_are_judged_by_their_squares() -> None:
-    """With kappa 2 a row is the loss itself, of any sign: one that falls far below zero is no gain."""
-    model, (x, _) = mlp(), data(12)
-    opt = st.Sven(model, solver=st.LeaveOneOut(), kappa=2.0)
-    before = snapshot(model)
-    opt.step(counted(lambda: model(x).squeeze(1), lambda n, rows: rows if n == 0 else -100 - rows))
-    assert unchanged(model, before)
-    assert not seen(opt).accepted
-
-
-class Masked(nn.Module):
-    """Dropout between two layers, which keeps its masks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 40).double(), nn.Linear(40, 1).double()
-        self.masks: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x).cos()
-        kept = nn.functional.dropout(hidden, 0.5, training=True)
-        self.masks.append(kept.detach() != 0)
-        return self.last(kept).squeeze(1)
-
-
-@pytest.mark.parametrize("solver", [st.LeaveOneOut(), st.LevenbergMarquardt()], ids=lambda s: type(s).__name__)
-def test_dropout_repeats_its_masks_and_the_generator_goes_on_as_after_one_call(solver: Any) -> None:
-    torch.manual_seed(0)
-    model, (x, _) = Masked(), data(16)
-    y = x.sum(1) + 1
-    opt = st.Sven(model, rows="residuals", solver=solver)
-    for _ in range(3):
-        state = torch.get_rng_state()
-        model(x)
-        once = torch.get_rng_state()
-        torch.set_rng_state(state)
-        model.masks.clear()
-        opt.step(lambda: model(x) - y)
-        assert len(model.masks) >= 2
-        assert all(torch.equal(mask, model.masks[0]) for mask in model.masks)
-        assert torch.equal(torch.get_rng_state(), once)
-    first = model.masks[0]
-    opt.step(lambda: model(x) - y)
-    assert not torch.equal(first, model.masks[-1])  # and the next step draws others
-
-
-# ---- what is kept between steps
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
-def test_memory_and_metric_survive_to_the_bit(how: str, dtype: torch.dtype) -> None:
-    def build() -> tuple[nn.Module, st.Sven]:
-        model = mlp().to(dtype)
-        return model, st.Sven(model, momentum=0.6)
-
-    x, y = (part.to(dtype) for part in data(12))
-    model, opt = build()
-    for _ in range(5):
-        opt.step(lambda: residuals(model, x, y).square())
-    if how == "state_dict":
-        other, resumed = build()
-        saved = state_of(opt)
-        other.load_state_dict(model.state_dict())
-        resumed.load_state_dict(saved)
-        assert same(saved, state_of(opt))
-    else:
-        other, resumed = copy.deepcopy((model, opt)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, opt)))
-    assert same(opt.state_dict(), resumed.state_dict())
-    for _ in range(5):
-        mine, theirs = (o.step(lambda m=m: residuals(m, x, y).square()) for m, o in ((model, opt), (other, resumed)))
-        assert torch.equal(mine, theirs)
-    assert unchanged(model, snapshot(other))
-    assert same(opt.state_dict(), resumed.state_dict())
-
-
-def test_a_loaded_state_is_shared_with_nobody() -> None:
-    _, opt, closure = residual_problem()
-    opt.step(closure)
-    _, resumed, again = residual_problem()
-    saved = opt.state_dict()
-    resumed.load_state_dict(saved)
-    kept = copy.deepcopy(saved)
-    resumed.step(again)
-    assert same(opt.state_dict(), kept)
 
 
 def test_the_engine_row_by_row_gives_the_same_step() -> None:

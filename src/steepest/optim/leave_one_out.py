@@ -75,7 +75,7 @@ class LeaveOneOut:
     decay: float = 0.97
     caution: float = 0.25
     smallest: float = 1e-14
-    largest: float = 0.1
+    largest: float = 0.3
     slack: float = 0.3
     verify: bool = True
     precision: Precision = "float64"
