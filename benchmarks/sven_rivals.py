@@ -164,25 +164,39 @@ def row_of(task: str, name: str, optimizer: str, records: Path, trials: int) -> 
 
 
 def table(rows: list[Row]) -> str:
-    """The record as Markdown: final loss, and the soonest time to Adam's over all runs of an optimizer."""
+    """The record as the README's table: final losses, and the soonest time to Adam's over all runs of an optimizer."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    names = list(dict.fromkeys(row["optimizer"] for row in rows))
     lines = ["| | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(_cell(rows, task, name) for task in tasks) + " |" for name in names]
+    for name in dict.fromkeys(row["optimizer"].split(",")[0] for row in rows):
+        label = {"sven": "`st.Sven(model)`", "sven tuned": "Sven, tuned"}.get(name) or get_optimizer(name).label
+        lines.append(f"| {label} | " + " | ".join(_cell(rows, task, name) for task in tasks) + " |")
     return "\n".join(lines)
 
 
 def _cell(rows: list[Row], task: str, name: str) -> str:
     here = [row for row in rows if row["task"] == task]
-    found = next((row for row in here if row["optimizer"] == name), None)
-    if found is None or found["val_loss"] is None:
-        return "" if found is None else f"{found['finished']} finished"
-    loss = f"{found['val_loss']:.3g} ± {found['std']:.2g}"
-    if found["val_loss"] == min(row["val_loss"] for row in here if row["val_loss"] is not None):
-        loss = f"**{loss}**"
-    own = [row["seconds_to_adam"] for row in here if row["optimizer"].split(",")[0] == name]
-    times = [seconds for seconds in own if seconds is not None]
-    return f"{loss}; {min(times):.2g} s" if times else loss
+    arms = [row for row in here if row["optimizer"].split(",")[0] == name]
+    if not arms:
+        return ""
+    best = min(row["val_loss"] for row in here if row["val_loss"] is not None)
+    main, *others = arms
+    words = [_loss(main, best)]
+    better = min((row for row in others if row["val_loss"] is not None), key=lambda row: row["val_loss"], default=None)
+    if better is not None and (main["val_loss"] is None or better["val_loss"] < main["val_loss"]):
+        words.append(f"{better['optimizer'].split(', ')[1]} {_loss(better, best)}")
+    times = [row["seconds_to_adam"] for row in arms if row["seconds_to_adam"] is not None]
+    if times:
+        words.append(f"{min(times):.1f} s" if min(times) < 10 else f"{min(times):.0f} s")
+    return "; ".join(words)
+
+
+def _loss(row: Row, best: float) -> str:
+    if row["val_loss"] is None:
+        return f"{row['finished']} finished"
+    spread = "" if row["std"] is None else f" ± {row['std']:.2g}"
+    some = "" if row["finished"] == f"{SEEDS}/{SEEDS}" else f", {row['finished']} finished"
+    text = f"{row['val_loss']:.3g}{spread}".replace("e-0", "e-") + some
+    return f"**{text}**" if row["val_loss"] == best else text
 
 
 def main() -> None:
