@@ -9,7 +9,8 @@ without any option, and has no trials; "sven tuned" is what `STUDIES` says, chos
 
 All run for 20 epochs; rivals that need more seconds than "sven tuned" for that run for its seconds instead, and those
 that need fewer for its seconds too ("equal seconds"). All have a second run of 4 epochs ("4 epochs"), as have the tuned
-options of Sven: how soon a loss is reached depends on how fast the rate falls, and some overfit later.
+options of Sven: how soon a loss is reached depends on how fast the rate falls, and some overfit later. Where the
+full-batch rivals run, Sven takes all samples at a time too, by Levenberg-Marquardt ("all samples").
 `seconds_to_adam` is the mean time to the lowest loss that any of Adam's runs ends with. An interrupted study goes on
 where it was; `--table` prints the record as the table of the README.
 
@@ -30,6 +31,7 @@ from steepest.training.tune import log_grid
 from studies import short_trials, steepest
 
 Row = dict[str, Any]
+ON_ALL = ("lr=1.0", "rows=residuals", "solver=LevenbergMarquardt()")
 UNTOUCHED = (
     "lr=1.0", "rows=losses", "kappa=1.0", "solver=LeaveOneOut()", "metric=KroneckerMetric()", "relative_decay=0.002",
 )  # fmt: skip
@@ -47,7 +49,7 @@ class Study:
         trial_epochs: Epochs of a trial.
         rivals: Optimizers that run for as many epochs.
         slow: Optimizers that run for as many seconds, and have their trials in seconds.
-        timed: Full-batch optimizers without a rate, which run for as many seconds.
+        timed: Full-batch optimizers without a rate, which run for as many seconds, beside Sven on all samples.
     """
 
     tuned: tuple[str, ...]
@@ -121,6 +123,9 @@ def run(task: str, study: Study, folder: Path, epochs: str) -> list[Row]:
         compare(rival, rival, *by_seconds, *tried(rival, "--budget-seconds", str(TRIAL_SECONDS)))
     for rival in study.timed:
         compare(rival, rival, *by_seconds)
+    if study.timed:
+        steady = ("--schedule", "constant", "--batch-size", "all")
+        compare("sven tuned, all samples", "sven", *by_seconds, *steady, *sets(ON_ALL))
     for rival, rates in quick:
         compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
     best = min(row["val_loss"] for row in rows if row["optimizer"].startswith("adam,") or row["optimizer"] == "adam")
