@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 # Time limits per example measure the machine's other work, not the code.
 hypothesis.settings.register_profile("steepest", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steepest")
+# A shell that runs this in the background leaves Ctrl-C ignored, here and in every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODULE_HOOKS = (
     "_forward_hooks",
