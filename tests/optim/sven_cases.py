@@ -229,6 +229,7 @@ CASES = [
     Case("text", text, tokens, losses, always(solver=st.TruncatedEigh(rank=5))),
     Case("a fraction of text", text, tokens, residuals, always(**DAMPED, fraction=0.5)),
     Case("more rows than parameters", tiny, floats(5), residuals, always(**DAMPED, lr=0.5)),
+    Case("more rows than parameters, each left out", tiny, floats(5), residuals, always(rows="residuals"), **LOOSE),
     Case("primal", mlp, floats(5), losses, always(solver=st.TruncatedEigh(form="primal"), lr=0.3)),
     Case("by the SVD", mlp, floats(5), losses, always(solver=st.TruncatedSVD(rtol=1e-2), lr=0.3)),
     Case("by random directions", mlp, floats(5), losses, always(solver=st.RandomizedSVD(3), lr=0.3), tolerance=1e-8),

@@ -40,22 +40,26 @@ def slowly(matrix: Tensor, rhs: Tensor, damping: float, samples: list[tuple[int,
     return torch.cat(left)
 
 
-def closed_form(matrix: Tensor, rhs: Tensor, dampings: Tensor, samples: list[tuple[int, int]]) -> Tensor:
-    spectrum = symmetric_spectrum(matrix @ matrix.T)
-    return left_out(spectrum.values.square(), spectrum.vectors, rhs, dampings, samples)
+def closed_form(
+    matrix: Tensor, rhs: Tensor, dampings: Tensor, samples: list[tuple[int, int]], *, primal: bool = False
+) -> Tensor:
+    spectrum = symmetric_spectrum(matrix.T @ matrix if primal else matrix @ matrix.T)
+    features = matrix @ spectrum.vectors if primal else spectrum.vectors
+    return left_out(spectrum.values.square(), features, rhs, dampings, samples, primal=primal)
 
 
+@pytest.mark.parametrize("primal", [False, True])
 @given(
     samples=some.lists(some.tuples(some.integers(1, 4), some.integers(1, 3)), min_size=1, max_size=3),
     parameters=some.integers(2, 16),
     seed=some.integers(0, 99),
 )
 def test_what_is_left_is_what_solving_without_the_sample_leaves(
-    samples: list[tuple[int, int]], parameters: int, seed: int
+    primal: bool, samples: list[tuple[int, int]], parameters: int, seed: int
 ) -> None:
-    """Several rows of a sample, several blocks, fewer and more rows than parameters, every damping."""
+    """Several rows of a sample, several blocks, fewer and more rows than parameters, every damping, of either Gram."""
     matrix, rhs = system(samples, parameters, seed)
-    found = closed_form(matrix, rhs, LAMBDAS[1:], samples)
+    found = closed_form(matrix, rhs, LAMBDAS[1:], samples, primal=primal)
     for damping, left in zip(LAMBDAS[1:].tolist(), found, strict=True):
         torch.testing.assert_close(left, slowly(matrix, rhs, damping, samples), rtol=1e-7, atol=1e-8)
 
@@ -80,7 +84,7 @@ def by_definition(
     worth = torch.stack([torch.stack([p @ rhs, p @ p]) / (rhs @ rhs) for p in predicted], 1)
     floor = solver.smallest
     if memory is not None:
-        worth = solver.decay * memory[:-2].view(2, -1) + (1 - solver.decay) * worth
+        worth = solver.decay * memory[:-3].view(2, -1) + (1 - solver.decay) * worth
         floor = float(memory[-2])
     gains = []
     for r, (a, b) in zip(relative, worth.T.tolist(), strict=True):
@@ -89,15 +93,23 @@ def by_definition(
     most = max(gains)
     enough = max((1 - solver.slack) * most, most - solver.slack * (1 - most))
     near = [index for index, gain in enumerate(gains) if gain >= min(enough, most)]
-    best = near[-1] if max(gains) > 0 else gains.index(0)
-    length = min(max(float(worth[0, best] / worth[1, best]), 0.0), 1.0)
+    best = near[-1] if max(gains) > 0 else len(gains) - 1
+    length = min(max(float(worth[0, best] / worth[1, best]), 1e-3), 1.0)
     damping = relative[best] * mean
     solved = torch.linalg.solve(matrix @ matrix.T + damping * torch.eye(len(rhs), dtype=DOUBLE), rhs)
-    learnt = torch.cat([worth.flatten(), torch.tensor([floor, relative[best]], dtype=DOUBLE)])
+    learnt = torch.cat([worth.flatten(), torch.tensor([torch.inf, floor, relative[best]], dtype=DOUBLE)])
     return {"damping": damping, "step": length**solver.caution, "direction": matrix.T @ solved, "memory": learnt}
 
 
-@pytest.mark.parametrize("samples", [[(7, 1)], [(3, 1), (2, 2)], [(12, 1)]], ids=["wide", "several rows", "tall"])
+TALL_AND_WIDE = {
+    "wide": [(7, 1)],
+    "several rows": [(3, 1), (2, 2)],
+    "tall": [(12, 1)],
+    "tall, several": [(6, 1), (4, 2)],
+}
+
+
+@pytest.mark.parametrize("samples", TALL_AND_WIDE.values(), ids=TALL_AND_WIDE)
 @pytest.mark.parametrize(("caution", "slack"), [(0.0, 0.3), (0.25, 0.0), (1.0, 0.1)])
 def test_damping_and_length_follow_the_definition(samples: list[tuple[int, int]], caution: float, slack: float) -> None:
     solver = st.LeaveOneOut(caution=caution, slack=slack, decay=0.6, smallest=1e-5, largest=1e2)
@@ -114,6 +126,16 @@ def test_damping_and_length_follow_the_definition(samples: list[tuple[int, int]]
         torch.testing.assert_close(solution.memory, want["memory"], rtol=1e-6, atol=1e-8)
         assert 0 < solution.step <= 1
         memory = solution.memory
+
+
+def test_it_goes_on_a_little_where_samples_predict_nothing_of_each_other() -> None:
+    matrix = torch.eye(4, dtype=DOUBLE)
+    rhs = torch.tensor([1.0, -2.0, 3.0, 1.0], dtype=DOUBLE)
+    for caution in (0.25, 1.0):
+        solution = st.LeaveOneOut(caution=caution).solve(jacobian_of(matrix), rhs)
+        assert solution.damping == pytest.approx(0.3)
+        assert solution.step == pytest.approx(1e-3**caution)
+        torch.testing.assert_close(solution.direction()["w"], rhs / 1.3)
 
 
 @pytest.mark.parametrize(("noise", "lowest", "highest"), [(0.3, 0.9, 1.0), (4.0, 0.0, 0.5)])
@@ -140,6 +162,37 @@ def test_slack_is_a_share_of_the_decrease_or_of_what_it_leaves(noise: float, low
     assert dampings[0] < dampings[-1]
 
 
+def test_more_rows_than_parameters_are_never_multiplied_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, rhs = system([(40, 1)], 6, 0)
+    jacobian = jacobian_of(matrix)
+    monkeypatch.setattr(type(jacobian), "gram", lambda *_: pytest.fail("40 x 40 numbers"))
+    solution = st.LeaveOneOut().solve(jacobian, rhs)
+    assert solution.weights is None
+    assert 0 < solution.step <= 1
+
+
+def test_dampings_below_the_rounding_of_a_sum_over_rows_are_not_taken() -> None:
+    """Two columns that are the same but for rounding: an exact fit would ask for the smallest damping there is."""
+    matrix, _ = system([(200, 1)], 5, 0)
+    matrix[:, 1] = matrix[:, 0] * (1 + 1e-15)
+    rhs = matrix @ torch.ones(5, dtype=DOUBLE)
+    solution = st.LeaveOneOut(slack=0.0).solve(jacobian_of(matrix), rhs)
+    assert solution.damping is not None
+    assert solution.damping >= torch.finfo(DOUBLE).eps * float(torch.linalg.matrix_norm(matrix, 2)) ** 2
+    torch.testing.assert_close(matrix @ solution.direction()["w"], rhs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sample_that_no_other_speaks_of_is_left_as_it_is() -> None:
+    """Its own share of the prediction is 1 but for the damping, which rounding swallows."""
+    matrix = torch.zeros(5, 2, dtype=DOUBLE)
+    matrix[0, 0], matrix[1:, 1] = 1e8, 1.0
+    rhs = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0], dtype=DOUBLE)
+    solution = st.LeaveOneOut().solve(jacobian_of(matrix), rhs)
+    assert solution.memory is not None
+    assert solution.memory[:-3].isfinite().all()
+    assert all(part.isfinite().all() for part in solution.direction().values())
+
+
 def test_solve_is_adapt_without_a_past() -> None:
     matrix, rhs = system([(6, 1)], 9, 3)
     alone = st.LeaveOneOut().solve(jacobian_of(matrix), rhs)
@@ -155,12 +208,26 @@ def test_smaller_dampings_than_the_floor_are_not_taken_and_the_largest_always_ma
     free = solver.solve(jacobian_of(matrix), rhs)
     assert free.memory is not None
     for floor, taken in ((1e-1, 1e-1), (1e9, 1e3)):
-        memory = torch.cat([free.memory[:-2], torch.tensor([floor, 1.0], dtype=DOUBLE)])
+        memory = torch.cat([free.memory[:-2], free.memory.new_tensor([floor, 1.0])])
         held = solver.adapt(jacobian_of(matrix), rhs, memory, [(6, 1)])
         assert held.damping is not None
         assert held.damping >= 0.999 * taken * mean
         assert held.memory is not None
         assert held.memory[-2] == floor
+
+
+def test_steps_are_no_longer_than_what_is_trusted() -> None:
+    solver, (matrix, rhs) = st.LeaveOneOut(), system([(6, 1)], 9, 3)
+    free = solver.solve(jacobian_of(matrix), rhs)
+    assert free.memory is not None
+    for share in (0.1, 10.0):
+        radius = share * free.step * free.norm
+        memory = torch.cat([free.memory[:-3], free.memory.new_tensor([radius, 1e-14, 1.0])])
+        held = solver.adapt(jacobian_of(matrix), rhs, memory, [(6, 1)])
+        assert held.step == pytest.approx(min(1.0, share) * free.step)
+        assert same(held.direction(), free.direction())
+        assert held.memory is not None
+        assert held.memory[-3] == radius
 
 
 def test_a_memory_of_another_grid_is_begun_anew() -> None:
@@ -183,7 +250,7 @@ def test_conditions_that_say_nothing_move_nothing(zero: str) -> None:
     moved = solution.direction()["w"] * solution.step
     assert torch.equal(moved, torch.zeros_like(moved))
     assert solution.memory is not None
-    assert solution.memory.isfinite().all()
+    assert solution.memory[:-3].isfinite().all()
 
 
 def test_the_engine_row_by_row_gives_the_same_step() -> None:

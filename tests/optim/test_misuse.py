@@ -178,6 +178,36 @@ def test_the_guard_shortens_a_leap() -> None:
     assert opt.diagnostics.update_norm < 3 * usual
 
 
+@pytest.mark.parametrize(
+    ("solver", "ratio", "clips"),
+    [
+        (st.Damped(1e-2), "auto", True),
+        (st.Damped(1e-2), None, False),
+        (st.LeaveOneOut(verify=False), "auto", True),
+        (st.LeaveOneOut(), "auto", False),
+        (st.LeaveOneOut(), 3.0, True),
+    ],
+)
+def test_the_guard_leaves_alone_what_is_tried_out(solver: st.optim.Solver, ratio: Any, clips: bool) -> None:
+    """Also where the solver that does so is assigned later, or taken away again."""
+    model = small()
+    opt = st.Sven(model, lr=1e-3, rows="residuals", solver=st.Damped(1e-2), max_norm_ratio=ratio)
+    for _ in range(5):
+        opt.step(lambda: model(X).squeeze(1) - Y)
+    opt.solver = solver
+    opt.step(lambda: (model(X).squeeze(1) - Y) + 1e3)
+    assert opt.diagnostics is not None
+    assert (opt.diagnostics.num_clipped, opt.diagnostics.clipped) == (int(clips), clips)
+
+
+def test_a_guard_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(st.errors.InvalidOptionError, match="max_norm_ratio=3 with LevenbergMarquardt"):
+        st.Sven(small(), rows="residuals", solver=st.LevenbergMarquardt(), max_norm_ratio=3.0)
+    opt = st.Sven(small(), rows="residuals", max_norm_ratio=3.0)
+    with pytest.raises(st.errors.InvalidOptionError, match="leave max_norm_ratio out"):
+        opt.solver = st.LevenbergMarquardt()
+
+
 def test_the_first_step_is_no_longer_than_the_parameters() -> None:
     """Before any mean exists the parameters set the scale: an ill-conditioned first batch cannot carry them away."""
     model = small()

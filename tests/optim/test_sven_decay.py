@@ -29,6 +29,7 @@ from steepest.engine import Jacobian
 
 C = 0.2
 RESIDUALS: dict[str, Any] = {"rows": "residuals"}
+GUARDED = {"max_norm_ratio": 3.0}  # far away a step of the whole length would be taken back
 DAMPED: dict[str, Any] = {"solver": st.Damped(0.1), "lr": 0.3}
 Output = Callable[[nn.Module, Tensor, Tensor], Any]
 
@@ -72,9 +73,9 @@ class Case:
 
 
 CASES = {
-    "default": Case(residuals, residuals, RESIDUALS),
-    "default of losses": Case(lambda *a: losses(*a), lambda *a: residuals(*a).abs()),
-    "momentum": Case(residuals, residuals, {**RESIDUALS, "momentum": 0.6}),
+    "default": Case(residuals, residuals, {**RESIDUALS, **GUARDED}),
+    "default of losses": Case(lambda *a: losses(*a), lambda *a: residuals(*a).abs(), GUARDED),
+    "momentum": Case(residuals, residuals, {**RESIDUALS, **GUARDED, "momentum": 0.6}),
     "damped": Case(residuals, residuals, {**RESIDUALS, **DAMPED}),
     "weight decay": Case(residuals, residuals, {**RESIDUALS, **DAMPED, "weight_decay": 0.1}),
     "losses": Case(losses, losses, DAMPED),
@@ -84,7 +85,7 @@ CASES = {
     "weights": Case(blocks, weighted, {**RESIDUALS, **DAMPED, "weights": {"few": 4.0}}),
     "primal": Case(residuals, residuals, {**RESIDUALS, "solver": st.TruncatedEigh(form="primal"), "lr": 0.3}),
     "levenberg": Case(residuals, residuals, {**RESIDUALS, "solver": st.LevenbergMarquardt()}, decay=1e-4),
-    "row by row": Case(residuals, residuals, {**RESIDUALS, "metric": None}, reference=True),
+    "row by row": Case(residuals, residuals, {**RESIDUALS, **GUARDED, "metric": None}, reference=True),
 }  # fmt: skip
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -235,7 +236,7 @@ def test_impossible_shares_are_refused(decay: Any) -> None:
 def test_conditions_that_can_all_be_met_are_met_in_the_end(decay: float) -> None:
     """The decay goes as they do, where one of that size that stays would not let them."""
     ends = []
-    for options in ({"relative_decay": decay}, {"relative_decay": 0.0, "weight_decay": decay}):
+    for options in (GUARDED | {"relative_decay": decay}, GUARDED | {"relative_decay": 0.0, "weight_decay": decay}):
         model, (x, y) = mlp(), data(10)
         opt = st.Sven(model, rows="residuals", **options)
         for _ in range(60):

@@ -29,10 +29,12 @@ from steepest.optim.gram import Solution
 from steepest.optim.leave_one_out import verified
 
 
-def untried(floor: float = 1e-14, used: float = 1e-3, step: float = 0.8) -> Solution:
-    memory = torch.tensor([0.5, 0.5, floor, used], dtype=DOUBLE)
+def untried(
+    floor: float = 1e-14, used: float = 1e-3, step: float = 0.8, radius: float = float("inf"), norm: float = 1.0
+) -> Solution:
+    memory = torch.tensor([0.5, 0.5, radius, floor, used], dtype=DOUBLE)
     jacobian = jacobian_of(torch.ones(1, 1, dtype=DOUBLE))
-    return Solution(jacobian, 1, None, 0.0, 1.0, 1.0, weights=torch.ones(1), step=step, memory=memory)
+    return Solution(jacobian, 1, None, 0.0, norm, 1.0, weights=torch.ones(1), step=step, memory=memory)
 
 
 @pytest.mark.parametrize("halvings", range(6))
@@ -61,16 +63,49 @@ def test_the_floor_never_falls_by_a_halving_and_falls_by_two_without_one() -> No
     assert float(free.memory[-2]) == 5.0
 
 
-@pytest.mark.parametrize(("step", "before"), [(0.0, 1.0), (0.8, 0.0)], ids=["of no length", "of a fitted batch"])
-def test_a_step_that_can_gain_nothing_is_not_tried_and_raises_no_floor(step: float, before: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_after_a_step_that_is_given_up_the_next_are_shorter_and_then_longer_again(scale: float) -> None:
+    tried: list[float] = []
+
+    def attempt(_: Solution, length: float) -> float:
+        tried.append(length)
+        return 2.0
+
+    lost, accepted = verified(untried(radius=80.0, norm=5.0), 1.0, attempt, scale)
+    assert not accepted
+    assert lost.memory is not None
+    assert tried[0] == 0.8 * scale
+    assert float(lost.memory[-3]) == pytest.approx(5.0 * tried[-1] / 2)
+    halved, _ = verified(untried(radius=80.0), 1.0, lambda _, length: 2.0 if length > 0.5 else 0.5)
+    free, _ = verified(untried(radius=80.0), 1.0, lambda *_: 0.5)
+    for taken in (halved, free):
+        assert taken.memory is not None
+        assert float(taken.memory[-3]) == 160.0
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e8])
+def test_targets_far_away_are_reached_all_the_same(scale: float) -> None:
+    """No step of usual length helps there at first: neither a large damping nor four halvings would be enough."""
+    model, (x, y) = mlp(), data(12)
+    opt = st.Sven(model, rows="residuals", relative_decay=0.0)
+    losses = [float(opt.step(lambda: residuals(model, x, scale * (y + 2)))) for _ in range(60)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("step", "norm", "before"),
+    [(0.0, 1.0, 1.0), (0.8, 0.0, 1.0), (0.8, 1.0, 0.0)],
+    ids=["of no length", "of no direction", "of a fitted batch"],
+)
+def test_a_step_that_can_gain_nothing_is_not_tried_and_limits_no_other(step: float, norm: float, before: float) -> None:
     def attempt(*_: Any) -> float:
         raise AssertionError
 
-    solution, accepted = verified(untried(step=step, floor=1.0), before, attempt)
+    solution, accepted = verified(untried(step=step, floor=1.0, radius=3.0, norm=norm), before, attempt)
     assert not accepted
     assert solution.step == 0
     assert solution.memory is not None
-    assert float(solution.memory[-2]) == 0.5
+    assert solution.memory[-3:-1].tolist() == [6.0, 0.5]
 
 
 def residual_problem(**options: Any) -> tuple[nn.Module, st.Sven, Any]:
@@ -97,8 +132,9 @@ def test_a_step_that_does_not_help_leaves_the_parameters_as_they_were() -> None:
 
 
 def test_a_step_is_shortened_until_the_batch_gains() -> None:
-    model, opt, closure = residual_problem(relative_decay=0.0)
-    twin, other, again = residual_problem(solver=st.LeaveOneOut(verify=False), metric=st.KroneckerMetric())
+    model, opt, closure = residual_problem(relative_decay=0.0, max_norm_ratio=None)
+    untested = {"solver": st.LeaveOneOut(verify=False), "metric": st.KroneckerMetric(), "max_norm_ratio": None}
+    twin, other, again = residual_problem(**untested)
     opt.step(counted(closure, lambda n, rows: rows if n in {0, 3} else 100 + rows))
     start = flat(twin)
     other.step(again)
@@ -110,7 +146,7 @@ def test_a_step_is_shortened_until_the_batch_gains() -> None:
 def test_without_verification_the_closure_is_called_once() -> None:
     calls = []
     for verify in (True, False):
-        _, opt, closure = residual_problem(solver=st.LeaveOneOut(verify=verify))
+        _, opt, closure = residual_problem(solver=st.LeaveOneOut(verify=verify), max_norm_ratio=3.0)
         number: list[int] = []
         opt.step(counted(closure, lambda n, rows, number=number: number.append(n) or rows))
         calls.append(len(number))

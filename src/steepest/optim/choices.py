@@ -1,5 +1,6 @@
 """The options of Sven, checked, with the defaults that follow from each other."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from steepest.optim.together import solver_name
 __all__ = ["Choices"]
 
 _RELATIVE_DECAY = 2e-3  # where nobody chose a solver
+_MAX_NORM_RATIO = 3.0  # where nothing tries the steps out
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Choices:
         metric: What the length of a step is measured by; None for the Euclidean norm.
         momentum: mu.
         weights: Weight of some named blocks.
-        max_norm_ratio: Of the norm guard; None for none.
+        max_norm_ratio: Of the norm guard; None for none, "auto" where the solver decides (`norm_ratio`).
         relative_decay: c of the decay that follows the conditions.
         fraction: Random fraction of the output rows that a step changes.
         samples_per_row: Losses averaged into one row.
@@ -44,7 +46,7 @@ class Choices:
     metric: KroneckerMetric | BalancedMetric | None
     momentum: float
     weights: dict[str, float]
-    max_norm_ratio: float | None
+    max_norm_ratio: float | Literal["auto"] | None
     relative_decay: float
     fraction: float
     samples_per_row: int
@@ -61,7 +63,7 @@ class Choices:
         metric: KroneckerMetric | BalancedMetric | Literal["auto"] | None,
         momentum: float,
         weights: Mapping[str, float] | None,
-        max_norm_ratio: float | None,
+        max_norm_ratio: float | Literal["auto"] | None,
         relative_decay: float | None,
         fraction: float,
         samples_per_row: int,
@@ -94,8 +96,8 @@ class Choices:
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         default_kappa = 1.0 if solver is None else 2.0
         kappa = check_real("kappa", default_kappa if kappa is None else kappa, low=0, open_low=True)
-        if max_norm_ratio is not None:
-            check_real("max_norm_ratio", max_norm_ratio, low=1)
+        if max_norm_ratio is not None and max_norm_ratio != "auto":
+            max_norm_ratio = check_real("max_norm_ratio", max_norm_ratio, low=1)
         if relative_decay is None:
             relative_decay = _RELATIVE_DECAY if solver is None else 0.0
         fraction = check_real("fraction", fraction, low=0, high=1, open_low=True)
@@ -107,7 +109,7 @@ class Choices:
         return cls(
             rows,
             kappa,
-            _solver(LeaveOneOut() if solver is None else solver),
+            _solver(LeaveOneOut() if solver is None else solver, max_norm_ratio),
             _metric(metric, solver, fraction),
             check_real("momentum", momentum, low=0, high=1, open_high=True),
             {str(n): check_real(f"weights[{n!r}]", w, low=0) for n, w in (weights or {}).items()},
@@ -128,7 +130,7 @@ class Choices:
         Returns:
             The choices with it.
         """
-        return replace(self, solver=_solver(solver))
+        return replace(self, solver=_solver(solver, self.max_norm_ratio))
 
     @property
     def lr(self) -> float:
@@ -142,6 +144,13 @@ class Choices:
             isinstance(self.solver, LeaveOneOut) and self.solver.verify
         )
 
+    @property
+    def norm_ratio(self) -> float | None:
+        """That of the norm guard; of steps that are tried out the first one alone is guarded."""
+        if self.max_norm_ratio == "auto":
+            return math.inf if self.tries else _MAX_NORM_RATIO
+        return self.max_norm_ratio
+
     def alike(self) -> dict[str, object]:
         """What must be the same on all processes, or they would part."""
         named: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "skip"}
@@ -152,7 +161,12 @@ class Choices:
         }
 
 
-def _solver(solver: Solver) -> Solver:
+def _solver(solver: Solver, max_norm_ratio: float | Literal["auto"] | None) -> Solver:
+    if isinstance(solver, LevenbergMarquardt) and max_norm_ratio not in {"auto", None}:
+        raise InvalidOptionError(
+            f"max_norm_ratio={max_norm_ratio:g} with {solver!r}, which tries its steps out and has no norm guard: "
+            "leave max_norm_ratio out."
+        )
     if not isinstance(solver, Solver):
         raise InvalidOptionError(f"solver={solver!r}: give a solver object such as steepest.TruncatedEigh(rtol=1e-3).")
     return solver

@@ -64,6 +64,7 @@ class Gram:
         precision: Precision of the products.
 
     Attributes:
+        primal: Whether it is ``J^T J``.
         matrix: The Gram.
         rhs: The right-hand side in the Gram's space.
         noise_floor: Relative size below which singular values are rounding.
@@ -72,8 +73,8 @@ class Gram:
     def __init__(self, jacobian: Jacobian, rhs: Tensor, form: Form, precision: Precision) -> None:
         self._jacobian = jacobian
         dtype = torch.float64 if precision == "float64" else torch.float32
-        self._primal = form == "primal" or (form == "auto" and jacobian.num_rows > jacobian.num_parameters)
-        if self._primal:
+        self.primal = form == "primal" or (form == "auto" and jacobian.num_rows > jacobian.num_parameters)
+        if self.primal:
             self.matrix, self.rhs = jacobian.normal_equations(rhs, dtype)
         else:
             self.matrix, self.rhs = jacobian.gram(precision), rhs.to(dtype)
@@ -81,7 +82,7 @@ class Gram:
 
     def solution(self, solved: Tensor, rank: int, spectrum: Tensor | None) -> Solution:
         """Wrap a solution in the Gram's space."""
-        if self._primal:
+        if self.primal:
             norm = float(torch.linalg.vector_norm(solved))
             explicit = unflatten(solved, self._jacobian)
             return Solution(self._jacobian, rank, spectrum, self.noise_floor, norm, norm, explicit=explicit)

@@ -17,8 +17,11 @@ __all__ = ["LeaveOneOut", "left_out", "verified"]
 
 _PER_DECADE = 2
 _SMALLEST_SEVERAL = 1e-8
+_SHORTEST = 1e-3  # of all lengths, before caution
 _HALVINGS = 4
+_LIMITS = 3  # numbers that end the memory: the longest step and the smallest damping to be trusted, the damping used
 _RAISE, _LOWER = 10.0, 2.0  # factors of the smallest damping that is trusted, after a halving and without one
+_WIDEN = 2.0  # factor of the longest step that is trusted, after one that was taken
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class LeaveOneOut:
     ``caution``: with 1 the loss of the next step is all that counts, and noise shortens steps more than is good for the
     steps after it.
 
-    Rows of several outputs of one sample are left out together.
+    Rows of several outputs of one sample are left out together. With more rows R than parameters P the same numbers
+    come from :math:`J^T J` and J itself, R P numbers in float64, and dampings below the rounding of that sum are left
+    out.
 
     All of that is linear, and the model is not. So the closure is called once more after the step, without a backward:
     where the sum of the batch's squares has not fallen, the step is halved, up to 4 times, and then given up, and the
     next steps take a larger damping, ten times for every halving. Where none was needed smaller ones are allowed again,
-    by factors of two. The second call must give the same batch; random numbers such as dropout's are repeated for it.
+    by factors of two. After a step that was given up the next one is no longer than half the last length that was
+    tried, and every step that is taken allows twice the length. The second call must give the same batch; random
+    numbers such as dropout's are repeated for it.
 
     Args:
         decay: Share of the past in the running means.
@@ -114,32 +121,38 @@ class LeaveOneOut:
         Returns:
             The direction with its length in ``step`` and the new ``memory``.
         """
-        gram = Gram(jacobian, rhs, "dual", self.precision)
+        gram = Gram(jacobian, rhs, "auto", self.precision)
         spectrum = symmetric_spectrum(gram.matrix)
-        values, vectors = spectrum.values.double().square(), spectrum.vectors.double()
-        target = rhs.double()
+        values, vectors, target = spectrum.values.double().square(), spectrum.vectors.double(), rhs.double()
         relative = self._grid(several=any(size > 1 for _, size in samples)).to(values.device)
-        mean = values.mean()
+        mean = values.sum() / jacobian.num_rows
         # Conditions that no parameter moves have no scale: any will do.
-        grid = relative * torch.where(mean > 0, mean, torch.ones_like(mean))
-        seen = _worth(values, vectors, target, grid, samples)
-        floor = self.smallest
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        grid = relative * mean
+        features = (jacobian.to_dense(gram.matrix.dtype) @ spectrum.vectors).double() if gram.primal else vectors
+        seen = _worth(target, left_out(values, features, target, grid, samples, primal=gram.primal))
+        floor, radius = self.smallest, math.inf
         # Rows of another kind, or other options, have another grid: running means over it say nothing of this one.
-        if memory is not None and len(memory) == seen.numel() + 2:
-            seen = self.decay * memory[:-2].to(seen).view_as(seen) + (1 - self.decay) * seen
-            floor = float(memory[-2])
+        if memory is not None and len(memory) == seen.numel() + _LIMITS:
+            seen = self.decay * memory[:-_LIMITS].to(seen).view_as(seen) + (1 - self.decay) * seen
+            radius, floor = memory[-_LIMITS:-1].tolist()
         lengths = (seen[0] / seen[1].clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
         decrease = lengths * (2 * seen[0] - lengths * seen[1])
-        decrease = torch.where(relative >= min(floor, float(relative[-1])), decrease, -1)
+        # A sum over the rows has lost what is smaller than its rounding.
+        rounding = float(torch.finfo(gram.matrix.dtype).eps * values[0] / mean) if gram.primal else 0.0
+        decrease = torch.where(relative >= min(max(floor, rounding), float(relative[-1])), decrease, -1)
         most = float(decrease.max())
         # The largest damping that is nearly as good as the best.
         enough = most - self.slack * min(most, max(1 - most, 0.0))
-        best = int((decrease >= enough).nonzero()[-1]) if most > 0 else int(decrease.argmax())
-        length = float(lengths[best])
-        solved = vectors @ ((vectors.T @ target) / (values + grid[best]))
+        known = most > torch.finfo(torch.float64).eps
+        best = int((decrease >= enough).nonzero()[-1]) if known else len(relative) - 1
+        solved = vectors @ ((vectors.T @ gram.rhs.double()) / (values + grid[best]))
         solution = gram.solution(solved.to(gram.matrix.dtype), len(solved), spectrum.values.double())
-        learnt = torch.cat([seen.flatten(), seen.new_tensor([floor, float(relative[best])])])
-        return replace(solution, step=length**self.caution, damping=float(grid[best]), memory=learnt)
+        learnt = torch.cat([seen.flatten(), seen.new_tensor([radius, floor, float(relative[best])])])
+        length = max(float(lengths[best]) if known else 0.0, _SHORTEST) ** self.caution
+        if length * solution.norm > radius:
+            length = radius / solution.norm
+        return replace(solution, step=length, damping=float(grid[best]), memory=learnt)
 
     def _grid(self, *, several: bool) -> Tensor:
         """Relative dampings; where samples have several rows, these may depend on each other to rounding."""
@@ -147,45 +160,61 @@ class LeaveOneOut:
         return torch.logspace(low, high, max(1, int((high - low) * _PER_DECADE) + 1), dtype=torch.float64)
 
 
-def _worth(values: Tensor, vectors: Tensor, rhs: Tensor, grid: Tensor, samples: Sequence[tuple[int, int]]) -> Tensor:
+def _worth(rhs: Tensor, left: Tensor) -> Tensor:
     """``<p, R> / |R|^2`` and ``<p, p> / |R|^2`` for every damping, ``[2, grid]``."""
-    predicted = rhs - left_out(values, vectors, rhs, grid, samples)
+    predicted = rhs - left
     total = rhs @ rhs
     total = torch.where(total > 0, total, torch.ones_like(total))
     return torch.stack([predicted @ rhs, predicted.square().sum(1)]) / total
 
 
 def left_out(
-    values: Tensor, vectors: Tensor, rhs: Tensor, dampings: Tensor, samples: Sequence[tuple[int, int]]
+    values: Tensor,
+    features: Tensor,
+    rhs: Tensor,
+    dampings: Tensor,
+    samples: Sequence[tuple[int, int]],
+    *,
+    primal: bool = False,
 ) -> Tensor:
     """What is left of every sample's conditions by a damped solution of all the other samples' conditions.
 
+    Of ``lambda (J J^T + lambda)^-1``, which is 1 less what the rows predict of themselves, it needs the blocks on the
+    diagonal: from the eigenvectors of ``J J^T``, or of ``J^T J`` where that is smaller.
+
     Args:
-        values: ``[R]``, eigenvalues of the Gram.
-        vectors: ``[R, R]``, its eigenvectors as columns.
+        values: ``[n]``, eigenvalues of the Gram.
+        features: ``[R, n]``, the eigenvectors of ``J J^T`` as columns, or J times those of ``J^T J``.
         rhs: ``[R]``.
         dampings: ``[L]``.
         samples: Number of samples and rows of each, block by block.
+        primal: Whether ``J^T J`` is the Gram.
 
     Returns:
         ``[L, R]``.
     """
-    inverse = 1 / (values + dampings.unsqueeze(1))
-    solved = (inverse * (vectors.T @ rhs)) @ vectors.T
+    # (J J^T + lambda)^-1 is U w U^T; times lambda, 1 - F w F^T.
+    share = 1 / (values + dampings.unsqueeze(1))
+    own, share = (1.0, -share) if primal else (0.0, share)
+    solved = own * rhs + (share * (features.T @ rhs)) @ features.T
     parts, start = [], 0
     for count, size in samples:
         rows = slice(start, start + count * size)
         start = rows.stop
         if size == 1:
-            parts.append(solved[:, rows] / (inverse @ vectors[rows].square().T))
+            diagonal = own + share @ features[rows].square().T
+            parts.append(solved[:, rows] / diagonal.clamp(min=own * torch.finfo(diagonal.dtype).eps))
             continue
-        own = vectors[rows].view(count, size, -1)
-        blocks = torch.stack([(own * row) @ own.mT for row in inverse])  # diagonal blocks of the inverse
+        block = features[rows].view(count, size, -1)
+        unit = own * torch.eye(size, dtype=rhs.dtype, device=rhs.device)
+        blocks = torch.stack([unit + (block * weights) @ block.mT for weights in share])
         parts.append(torch.linalg.solve(blocks, solved[:, rows].view(-1, count, size, 1)).flatten(1))
     return torch.cat(parts, 1)
 
 
-def verified(solution: Solution, before: float, attempt: Callable[[Solution, float], float]) -> tuple[Solution, bool]:
+def verified(
+    solution: Solution, before: float, attempt: Callable[[Solution, float], float], scale: float = 1.0
+) -> tuple[Solution, bool]:
     """Shorten a step until the batch it was made for gains by it.
 
     Args:
@@ -193,18 +222,20 @@ def verified(solution: Solution, before: float, attempt: Callable[[Solution, flo
         before: Sum of the squared rows.
         attempt: Moves the parameters along a share of a direction and returns the sum of squares there; if that is not
             below ``before``, it moves them back.
+        scale: Factor of the norm guard, of every share.
 
     Returns:
         The direction with the length that was taken and the new memory, and whether the parameters moved.
     """
     memory, length = solution.memory, solution.step
-    worth = length > 0 and before > 0  # conditions that hold already say nothing of the damping
-    halvings, accepted = 0, worth and attempt(solution, length) < before
+    worth = length * solution.norm > 0 and before > 0  # what cannot gain says nothing of damping and length
+    halvings, accepted = 0, worth and attempt(solution, length * scale) < before
     while worth and not accepted and halvings < _HALVINGS:
         halvings, length = halvings + 1, length / 2
-        accepted = attempt(solution, length) < before
+        accepted = attempt(solution, length * scale) < before
     if memory is not None:
-        floor, used = memory[-2:].tolist()
+        radius, floor, used = memory[-_LIMITS:].tolist()
         floor = max(floor, used * _RAISE**halvings) if halvings else floor / _LOWER
-        memory = torch.cat([memory[:-2], memory.new_tensor([floor, used])])
+        radius = length * scale * solution.norm / 2 if worth and not accepted else radius * _WIDEN
+        memory = torch.cat([memory[:-_LIMITS], memory.new_tensor([radius, floor, used])])
     return replace(solution, step=length if accepted else 0.0, memory=memory), accepted

@@ -66,7 +66,7 @@ class Step:
             scale = self._guarded(solution)
             if self._choices.tries:
                 trials = self._trials(batch)
-                solution, accepted = verified(solution, trials.before, lambda s, length: trials(s, length * scale))
+                solution, accepted = verified(solution, trials.before, trials, scale)
             else:
                 mover(solution, scale * solution.step)
                 accepted = True
@@ -97,7 +97,7 @@ class Step:
         # The first step is compared with the parameters, in their norm; the others with those before, in that of the
         # metric: in the Euclidean one long steps along what hardly matters would be clipped.
         norm = solution.norm if self._memory["step"] else self._mover.norm(solution)
-        scale = self._memory.guard(norm, self._choices.max_norm_ratio)
+        scale = self._memory.guard(norm, self._choices.norm_ratio)
         if self._ranks is not None:
             told = torch.tensor([scale, self._mover.decay], dtype=torch.float64, device=self._system.jacobian.device)
             self._ranks.broadcast_([told], source=0)

@@ -74,7 +74,8 @@ class Sven(Optimizer):
     and ``relative_decay`` gather ``M s`` more each, a metric sums both factors of each layer, ``(n^2 + m^2) s + 16``
     for n inputs, the bias as one of them, and m outputs, and the gradients of Q parameters of AdamW are summed,
     ``Q s + 8``.
-    `TruncatedSVD` and `RandomizedSVD` gather J itself on every rank, ``M P s``; `LevenbergMarquardt` counts its own.
+    `TruncatedSVD`, `RandomizedSVD` and `LeaveOneOut` with more rows than parameters gather J itself on every rank,
+    ``M P s``; `LevenbergMarquardt` counts its own.
     `traffic` counts. A solver of one's own sees a Jacobian of all rows, whose methods every rank must call alike; if it
     fails between them on one rank alone, the others wait.
 
@@ -95,7 +96,9 @@ class Sven(Optimizer):
         weights: Weight of some named blocks in the loss: residuals are multiplied with its root.
         max_norm_ratio: Norm guard: d is shortened to this multiple of its norm's running mean (Euclidean, or that of
             the metric), the first d to the norm of the parameters themselves; None for no guard. Without it one
-            ill-conditioned batch can carry the model far away at finite loss, the first batch above all.
+            ill-conditioned batch can carry the model far away at finite loss, the first batch above all. "auto" is 3,
+            and for the first step alone where steps are tried out (`LeaveOneOut`): long ones are needed there when a
+            much smaller damping becomes the better one. `LevenbergMarquardt` has no guard and takes no number.
         weight_decay: Decoupled weight decay w: parameters shrink by ``lr w`` of themselves in every step.
         relative_decay: c of a decay that follows the conditions and is added to w:
             ``c min(1, |R|^2 / |J theta|^2)``. It keeps models small that could fit wrong labels, and leaves those alone
@@ -143,7 +146,7 @@ class Sven(Optimizer):
         metric: KroneckerMetric | BalancedMetric | Literal["auto"] | None = "auto",
         momentum: float = 0.0,
         weights: Mapping[str, float] | None = None,
-        max_norm_ratio: float | None = 3.0,
+        max_norm_ratio: float | Literal["auto"] | None = "auto",
         weight_decay: float = 0.0,
         relative_decay: float | None = None,
         fraction: float = 1.0,
