@@ -216,18 +216,38 @@ def test_smaller_dampings_than_the_floor_are_not_taken_and_the_largest_always_ma
         assert held.memory[-2] == floor
 
 
-def test_steps_are_no_longer_than_what_is_trusted() -> None:
-    solver, (matrix, rhs) = st.LeaveOneOut(), system([(6, 1)], 9, 3)
-    free = solver.solve(jacobian_of(matrix), rhs)
+@pytest.mark.parametrize("samples", TALL_AND_WIDE.values(), ids=TALL_AND_WIDE)
+def test_a_step_that_is_longer_than_what_is_trusted_takes_a_larger_damping(samples: list[tuple[int, int]]) -> None:
+    solver, (matrix, _) = st.LeaveOneOut(decay=0.999, slack=0.0, largest=1e3), system(samples, 40, 3)
+    rhs = matrix @ torch.linspace(-1, 1, 40, dtype=DOUBLE)
+    free = solver.adapt(jacobian_of(matrix), rhs, None, samples)
     assert free.memory is not None
-    for share in (0.1, 10.0):
+    assert free.damping is not None
+    used = free.damping
+    for share in (10.0, 0.3, 0.03):
         radius = share * free.step * free.norm
         memory = torch.cat([free.memory[:-3], free.memory.new_tensor([radius, 1e-14, 1.0])])
-        held = solver.adapt(jacobian_of(matrix), rhs, memory, [(6, 1)])
-        assert held.step == pytest.approx(min(1.0, share) * free.step)
-        assert same(held.direction(), free.direction())
+        held = solver.adapt(jacobian_of(matrix), rhs, memory, samples)
+        assert held.damping is not None
+        assert held.step * held.norm <= radius * (1 + 1e-9)
+        assert held.damping == used if share > 1 else held.damping > used
+        assert held.step > 0.5, "it is not shortened"
         assert held.memory is not None
         assert held.memory[-3] == radius
+        used = held.damping
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.2, 0.2), (1e-9, 1 / 32)])
+def test_a_step_is_shortened_where_no_damping_is_large_enough_and_never_to_nothing(share: float, length: float) -> None:
+    solver, (matrix, rhs) = st.LeaveOneOut(), system([(6, 1)], 9, 3)
+    largest = torch.linalg.solve(matrix @ matrix.T + 0.3 * matrix.square().sum() / 6 * torch.eye(6, dtype=DOUBLE), rhs)
+    norm = float(torch.linalg.vector_norm(matrix.T @ largest))
+    free = solver.solve(jacobian_of(matrix), rhs)
+    assert free.memory is not None
+    memory = torch.cat([free.memory[:-3], free.memory.new_tensor([share * norm, 1e-14, 1.0])])
+    held = solver.adapt(jacobian_of(matrix), rhs, memory, [(6, 1)])
+    assert held.norm == pytest.approx(norm)
+    assert held.step == pytest.approx(length)
 
 
 def test_a_memory_of_another_grid_is_begun_anew() -> None:

@@ -29,7 +29,6 @@ from steepest.engine import Jacobian
 
 C = 0.2
 RESIDUALS: dict[str, Any] = {"rows": "residuals"}
-GUARDED = {"max_norm_ratio": 3.0}  # far away a step of the whole length would be taken back
 DAMPED: dict[str, Any] = {"solver": st.Damped(0.1), "lr": 0.3}
 Output = Callable[[nn.Module, Tensor, Tensor], Any]
 
@@ -73,9 +72,9 @@ class Case:
 
 
 CASES = {
-    "default": Case(residuals, residuals, {**RESIDUALS, **GUARDED}),
-    "default of losses": Case(lambda *a: losses(*a), lambda *a: residuals(*a).abs(), GUARDED),
-    "momentum": Case(residuals, residuals, {**RESIDUALS, **GUARDED, "momentum": 0.6}),
+    "default": Case(residuals, residuals, RESIDUALS),
+    "default of losses": Case(lambda *a: losses(*a), lambda *a: residuals(*a).abs()),
+    "momentum": Case(residuals, residuals, {**RESIDUALS, "momentum": 0.6}),
     "damped": Case(residuals, residuals, {**RESIDUALS, **DAMPED}),
     "weight decay": Case(residuals, residuals, {**RESIDUALS, **DAMPED, "weight_decay": 0.1}),
     "losses": Case(losses, losses, DAMPED),
@@ -84,8 +83,8 @@ CASES = {
     "metric": Case(residuals, residuals, {**RESIDUALS, **DAMPED, "metric": st.KroneckerMetric()}),
     "weights": Case(blocks, weighted, {**RESIDUALS, **DAMPED, "weights": {"few": 4.0}}),
     "primal": Case(residuals, residuals, {**RESIDUALS, "solver": st.TruncatedEigh(form="primal"), "lr": 0.3}),
-    "levenberg": Case(residuals, residuals, {**RESIDUALS, "solver": st.LevenbergMarquardt()}, decay=1e-4),
-    "row by row": Case(residuals, residuals, {**RESIDUALS, **GUARDED, "metric": None}, reference=True),
+    "levenberg": Case(residuals, residuals, {**RESIDUALS, "solver": st.LevenbergMarquardt()}),
+    "row by row": Case(residuals, residuals, {**RESIDUALS, "metric": None}, reference=True),
 }  # fmt: skip
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -116,6 +115,7 @@ def test_the_parameters_shrink_by_the_share_that_the_conditions_lack(case: Case,
     """Beside what the same step without it does; every step begins where the last one of this model ended."""
     model, opt = built(case, case.decay)
     twin, other = built(case, 0.0)
+    taken = 0
     for step in range(4):
         x, y = data(12, seed=step)
         twin.load_state_dict(model.state_dict())
@@ -127,12 +127,16 @@ def test_the_parameters_shrink_by_the_share_that_the_conditions_lack(case: Case,
         other.step(lambda x=x, y=y: case.output(twin, x, y))
         assert seen(opt).decay == pytest.approx(want, rel=1e-10)
         assert seen(other).decay == 0
-        assert seen(opt).accepted
-        assert seen(other).accepted
+        assert seen(opt).accepted == seen(other).accepted
+        if not seen(opt).accepted:
+            assert far
+            assert torch.equal(flat(model), before)
+            continue
+        taken += 1
         rate = opt.param_groups[0]["lr"]
-        # A step that was tried is as long as that of the twin, or not to be compared.
         assert seen(opt).length == seen(other).length
         torch.testing.assert_close(flat(model), flat(twin) - rate * want * before, rtol=1e-9, atol=1e-11)
+    assert taken >= (2 if far else 4)
 
 
 def test_every_group_shrinks_by_its_own_rate_and_its_own_decay_too() -> None:
@@ -236,7 +240,7 @@ def test_impossible_shares_are_refused(decay: Any) -> None:
 def test_conditions_that_can_all_be_met_are_met_in_the_end(decay: float) -> None:
     """The decay goes as they do, where one of that size that stays would not let them."""
     ends = []
-    for options in (GUARDED | {"relative_decay": decay}, GUARDED | {"relative_decay": 0.0, "weight_decay": decay}):
+    for options in ({"relative_decay": decay}, {"relative_decay": 0.0, "weight_decay": decay}):
         model, (x, y) = mlp(), data(10)
         opt = st.Sven(model, rows="residuals", **options)
         for _ in range(60):

@@ -83,6 +83,40 @@ def test_after_a_step_that_is_given_up_the_next_are_shorter_and_then_longer_agai
         assert float(taken.memory[-3]) == 160.0
 
 
+def test_where_a_short_step_is_given_up_too_it_is_not_the_length() -> None:
+    """Weight decay or rounding take more than it gains: shorter and shorter ones would never end."""
+    lost, accepted = verified(untried(radius=1e-3, step=1 / 32), 1.0, lambda *_: 1.001)
+    assert not accepted
+    assert lost.memory is not None
+    assert float(lost.memory[-3]) == float("inf")
+
+
+def test_a_step_that_the_guard_would_leave_little_of_is_left_to_another_damping() -> None:
+    def attempt(*_: Any) -> float:
+        raise AssertionError
+
+    left, accepted = verified(untried(norm=100.0), 1.0, attempt, scale=0.01)
+    assert not accepted
+    assert left.memory is not None
+    assert float(left.memory[-3]) == pytest.approx(2 * 0.8)
+    cut, accepted = verified(untried(norm=100.0), 1.0, lambda *_: 0.5, scale=0.1)
+    assert accepted
+    assert cut.memory is not None
+    assert float(cut.memory[-3]) == pytest.approx(2 * 8.0)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_a_run_that_was_told_to_trust_no_step_goes_on_all_the_same(weight_decay: float) -> None:
+    """Whatever it came by: weight decay raises the loss by more than steps of that length can lower it."""
+    model, (x, y) = mlp(), data(12)
+    opt = st.Sven(model, rows="residuals", relative_decay=0.0, weight_decay=weight_decay)
+    losses = [float(opt.step(lambda: residuals(model, x, y + 2))) for _ in range(3)]
+    memory = opt.state[opt.param_groups[0]["params"][0]]["solver"]
+    memory[-3] = 1e-30
+    losses += [float(opt.step(lambda: residuals(model, x, y + 2))) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[3]
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e8])
 def test_targets_far_away_are_reached_all_the_same(scale: float) -> None:
     """No step of usual length helps there at first: neither a large damping nor four halvings would be enough."""

@@ -17,8 +17,11 @@ __all__ = ["LeaveOneOut", "left_out", "verified"]
 
 _PER_DECADE = 2
 _SMALLEST_SEVERAL = 1e-8
-_SHORTEST = 1e-3  # of all lengths, before caution
+_SMALLEST_LENGTH = 1e-3  # before caution
+_SHORTEST = 1 / 32  # share of a direction, below which another one is better
 _HALVINGS = 4
+_ROUNDING = torch.finfo(torch.float64).eps
+_TINY = torch.finfo(torch.float64).tiny
 _LIMITS = 3  # numbers that end the memory: the longest step and the smallest damping to be trusted, the damping used
 _RAISE, _LOWER = 10.0, 2.0  # factors of the smallest damping that is trusted, after a halving and without one
 _WIDEN = 2.0  # factor of the longest step that is trusted, after one that was taken
@@ -50,8 +53,8 @@ class LeaveOneOut:
     where the sum of the batch's squares has not fallen, the step is halved, up to 4 times, and then given up, and the
     next steps take a larger damping, ten times for every halving. Where none was needed smaller ones are allowed again,
     by factors of two. After a step that was given up the next one is no longer than half the last length that was
-    tried, and every step that is taken allows twice the length. The second call must give the same batch; random
-    numbers such as dropout's are repeated for it.
+    tried, by a larger damping rather than a shorter step, and every step that is taken allows twice the length. The
+    second call must give the same batch; random numbers such as dropout's are repeated for it.
 
     Args:
         decay: Share of the past in the running means.
@@ -123,7 +126,8 @@ class LeaveOneOut:
         """
         gram = Gram(jacobian, rhs, "auto", self.precision)
         spectrum = symmetric_spectrum(gram.matrix)
-        values, vectors, target = spectrum.values.double().square(), spectrum.vectors.double(), rhs.double()
+        singular, vectors, target = spectrum.values.double(), spectrum.vectors.double(), rhs.double()
+        values = singular.square()
         relative = self._grid(several=any(size > 1 for _, size in samples)).to(values.device)
         mean = values.sum() / jacobian.num_rows
         # Conditions that no parameter moves have no scale: any will do.
@@ -136,23 +140,28 @@ class LeaveOneOut:
         if memory is not None and len(memory) == seen.numel() + _LIMITS:
             seen = self.decay * memory[:-_LIMITS].to(seen).view_as(seen) + (1 - self.decay) * seen
             radius, floor = memory[-_LIMITS:-1].tolist()
-        lengths = (seen[0] / seen[1].clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        lengths = (seen[0] / seen[1].clamp(min=_TINY)).clamp(0, 1)
         decrease = lengths * (2 * seen[0] - lengths * seen[1])
+        known = decrease > _ROUNDING
+        lengths = torch.where(known, lengths, 0).clamp(min=_SMALLEST_LENGTH) ** self.caution
         # A sum over the rows has lost what is smaller than its rounding.
         rounding = float(torch.finfo(gram.matrix.dtype).eps * values[0] / mean) if gram.primal else 0.0
-        decrease = torch.where(relative >= min(max(floor, rounding), float(relative[-1])), decrease, -1)
-        most = float(decrease.max())
-        # The largest damping that is nearly as good as the best.
-        enough = most - self.slack * min(most, max(1 - most, 0.0))
-        known = most > torch.finfo(torch.float64).eps
-        best = int((decrease >= enough).nonzero()[-1]) if known else len(relative) - 1
-        solved = vectors @ ((vectors.T @ gram.rhs.double()) / (values + grid[best]))
-        solution = gram.solution(solved.to(gram.matrix.dtype), len(solved), spectrum.values.double())
+        projected, inverse = vectors.T @ gram.rhs.double(), 1 / (values + grid.unsqueeze(1))
+        norms = torch.linalg.vector_norm(inverse * projected * (1.0 if gram.primal else singular), dim=1)
+        usable = known & (relative >= max(floor, rounding)) & (lengths * norms <= radius)
+        best = self._chosen(decrease, usable)
+        solution = gram.solution((vectors @ (inverse[best] * projected)).to(gram.matrix.dtype), len(values), singular)
         learnt = torch.cat([seen.flatten(), seen.new_tensor([radius, floor, float(relative[best])])])
-        length = max(float(lengths[best]) if known else 0.0, _SHORTEST) ** self.caution
-        if length * solution.norm > radius:
-            length = radius / solution.norm
+        length = min(float(lengths[best]), max(radius / float(norms[best].clamp(min=_TINY)), _SHORTEST))
         return replace(solution, step=length, damping=float(grid[best]), memory=learnt)
+
+    def _chosen(self, decrease: Tensor, usable: Tensor) -> int:
+        """The largest usable damping that is nearly as good as the best; the largest of all where none is usable."""
+        if not bool(usable.any()):
+            return len(decrease) - 1
+        most = float(decrease[usable].max())
+        enough = most - self.slack * min(most, max(1 - most, 0.0))
+        return int((usable & (decrease >= enough)).nonzero()[-1])
 
     def _grid(self, *, several: bool) -> Tensor:
         """Relative dampings; where samples have several rows, these may depend on each other to rounding."""
@@ -228,14 +237,19 @@ def verified(
         The direction with the length that was taken and the new memory, and whether the parameters moved.
     """
     memory, length = solution.memory, solution.step
-    worth = length * solution.norm > 0 and before > 0  # what cannot gain says nothing of damping and length
+    # What cannot gain says nothing of damping and length.
+    worth = length * solution.norm > 0 and before > 0 and scale > _SHORTEST
     halvings, accepted = 0, worth and attempt(solution, length * scale) < before
     while worth and not accepted and halvings < _HALVINGS:
         halvings, length = halvings + 1, length / 2
         accepted = attempt(solution, length * scale) < before
     if memory is not None:
         radius, floor, used = memory[-_LIMITS:].tolist()
+        taken = length * scale * solution.norm
         floor = max(floor, used * _RAISE**halvings) if halvings else floor / _LOWER
-        radius = length * scale * solution.norm / 2 if worth and not accepted else radius * _WIDEN
+        if accepted or not worth:
+            radius = _WIDEN * (min(radius, taken) if scale < 1 else max(radius, taken))
+        else:  # so short a step fails for another reason: rounding, or weight decay that takes more than it gains
+            radius = taken / 2 if solution.step > _SHORTEST else math.inf
         memory = torch.cat([memory[:-_LIMITS], memory.new_tensor([radius, floor, used])])
     return replace(solution, step=length if accepted else 0.0, memory=memory), accepted

@@ -69,31 +69,46 @@ class Mover:
             self._direction = self._formed(solution)
         return self._direction
 
-    def __call__(self, solution: Solution, share: float, *, plain: bool = False) -> None:
+    def __call__(self, solution: Solution, share: float, *, rated: bool = True, shrinks: bool = False) -> None:
         """Move the parameters.
 
         Args:
             solution: The direction.
             share: How far along it, before the learning rate.
-            plain: Without learning rate and weight decay.
+            rated: With the learning rate.
+            shrinks: With weight decay too.
 
         Raises:
             NonFiniteError: If the direction is beyond what the parameters can hold; they stay as they are.
         """
         # The first share goes straight into the parameters; whoever asks for another one wants the direction kept.
-        if self._meet(solution) and self._straight and not plain and solution.weights is not None:
-            self._decay()
+        if self._meet(solution) and self._straight and rated and solution.weights is not None:
+            if shrinks:
+                self.shrink()
             alphas = {name: -float(group["lr"]) * share for group, trained in self._groups for name in trained}
             solution.jacobian.add_vjp_(self._params, solution.weights, alphas)
             return
         direction = self.direction(solution)
         check_magnitude(self._reach, self._system.jacobian.dtype, "lower lr, or raise the metric's damping")
-        if not plain:
-            self._decay()
+        if shrinks:
+            self.shrink()
         for group, trained in self._groups:
             params, index = group["params"], self._system.index
             updates = [widened(direction[n], p, index.get(n)) for n, p in zip(trained, params, strict=True)]
-            torch._foreach_add_(params, updates, alpha=-(1.0 if plain else float(group["lr"])) * share)
+            torch._foreach_add_(params, updates, alpha=-(float(group["lr"]) if rated else 1.0) * share)
+
+    def shrink(self, before: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Weight decay, before a move or after it.
+
+        Args:
+            before: Where every parameter was before the move.
+        """
+        for group, _ in self._groups:
+            params, share = group["params"], group["weight_decay"] + self.decay
+            if before is None:
+                decay(params, lr=group["lr"], weight_decay=share)
+            elif share:
+                torch._foreach_add_(params, [before[p] for p in params], alpha=-float(group["lr"]) * share)
 
     def _meet(self, solution: Solution) -> bool:
         """Forget the direction of another solution; returns whether this one is new."""
@@ -112,10 +127,6 @@ class Mover:
             direction = {n: d.add(previous[n], alpha=self._momentum) for n, d in direction.items()}
             self._reach = _length(direction)
         return direction
-
-    def _decay(self) -> None:
-        for group, _ in self._groups:
-            decay(group["params"], lr=group["lr"], weight_decay=group["weight_decay"] + self.decay)
 
 
 def _length(direction: Mapping[str, Tensor]) -> float:

@@ -68,7 +68,7 @@ class Step:
                 trials = self._trials(batch)
                 solution, accepted = verified(solution, trials.before, trials, scale)
             else:
-                mover(solution, scale * solution.step)
+                mover(solution, scale * solution.step, shrinks=True)
                 accepted = True
         keep = accepted and system.previous is not None
         return Outcome(solution, scale, accepted, mover.direction(solution) if keep else None)

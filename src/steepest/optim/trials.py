@@ -18,6 +18,8 @@ __all__ = ["Trials", "random_state", "repeated"]
 class Trials:
     """Moves of parameters that stay only if they lower the sum of the squared rows.
 
+    Weight decay comes after that: it may raise the sum, and then no step would be short enough.
+
     Args:
         params: What moves.
         rows: The rows where they are, of this process.
@@ -48,8 +50,8 @@ class Trials:
             length: The share of it.
 
         Returns:
-            The sum of squares after it, of all processes; infinite where it is not finite. If it is not below the sum
-            before, or something is raised, the parameters are as they were.
+            The sum of squares after it and before weight decay, of all processes; infinite where it is not finite. If
+            it is not below the sum before, or something is raised, the parameters are as they were.
         """
         after = torch.inf
         try:
@@ -57,10 +59,12 @@ class Trials:
         finally:
             if not after < self.before:
                 torch._foreach_copy_(self._params, self._saved)
+        if after < self.before:
+            self._mover.shrink(dict(zip(self._params, self._saved, strict=True)))
         return after
 
     def rows_at(self, solution: Solution, length: float) -> Tensor:
-        """The rows at a share of a direction, whatever learning rate and weight decay are; the parameters go back.
+        """The rows at a share of a direction, whatever the learning rate is; the parameters go back.
 
         Args:
             solution: The direction.
@@ -75,7 +79,7 @@ class Trials:
 
     def _glance(self, solution: Solution, length: float) -> Tensor:
         try:
-            self._mover(solution, length, plain=True)
+            self._mover(solution, length, rated=False)
             return self._evaluate()
         finally:
             torch._foreach_copy_(self._params, self._saved)
