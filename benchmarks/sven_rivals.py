@@ -1,6 +1,6 @@
 """Sven and its rivals on the four problems of its paper (arXiv 2604.01279), by `steepest compare`.
 
-    STEEPEST_DATA=... python benchmarks/sven_rivals.py [toy_1d polynomial mnist_label_regression mnist] [--own|--quick]
+    STEEPEST_DATA=... python benchmarks/sven_rivals.py [toy_1d polynomial mnist_label_regression mnist] [--quick]
 
 Every rival gets the same trials of its learning rate, 5 in runs of 5 epochs (MNIST: 4 in runs of 1), at 3 seeds that
 are not reported; the rate falls to 0, linearly or (MNIST) from three fifths of the run on. "sven" is the constructor
@@ -13,8 +13,8 @@ options of Sven: how soon a loss is reached depends on how fast the rate falls, 
 full-batch rivals run, Sven takes all samples at a time too, without options and by Levenberg-Marquardt ("all samples").
 On toy_1d, where seeds differ by a factor of fifty, it has 20 of them beside the 5.
 `seconds_to_adam` is the mean time to the lowest loss that any of Adam's runs ends with. An interrupted study goes on
-where it was; `--table` prints the record as the table of the README. After a change of Sven, `--own` runs its arms
-again, and takes the rivals' from the record.
+where it was; `--table` prints the record as the table of the README. With `--again "sven" "sven tuned"` the runs of
+these alone are made again, and those that the record has of the others are taken from there.
 
 Needs the packages of the `rivals` extra.
 """
@@ -69,7 +69,6 @@ class Study:
 
 SEEDS = 5
 SHORT = 4  # epochs
-OWN = ("sven", "sven tuned")
 TRIAL_SECONDS = 3
 MNIST: dict[str, Any] = {
     "trials": 4, "trial_epochs": 1, "timed": (), "schedule": "trapezoidal",
@@ -98,14 +97,16 @@ def sets(options: tuple[str, ...]) -> list[str]:
     return [word for option in options for word in ("--set", f"sven.{option}")]
 
 
-def run(task: str, study: Study, folder: Path, epochs: str, rivals: list[Row] | None) -> list[Row]:
-    """The rows of one problem; those of the rivals are measured unless they are given."""
+def run(task: str, study: Study, folder: Path, epochs: str, known: dict[str, Row]) -> list[Row]:
+    """The rows of one problem; what is known of them already is not measured."""
     common = ("--seeds", str(SEEDS + 1), "--tune", "0", "--schedule", study.schedule)
     own = ("--schedule", study.tuned_schedule or study.schedule)
     by_epochs, short = (*common, "--epochs", epochs), (*common, "--epochs", str(min(SHORT, int(epochs))))
     rows: list[Row] = []
 
     def compare(name: str, optimizer: str, *arguments: str) -> Row:
+        if name in known:
+            return known[name]
         steepest("compare", task, "-o", optimizer, *arguments, "--out", str(folder / name))
         rows.append(row_of(task, name, optimizer, folder / name / "records", study.trials))
         return rows[-1]
@@ -127,25 +128,24 @@ def run(task: str, study: Study, folder: Path, epochs: str, rivals: list[Row] | 
         steady = (*by_seconds, "--schedule", "constant", "--batch-size", "all")
         compare("sven, all samples", "sven", *steady, *sets(UNTOUCHED))
         compare("sven tuned, all samples", "sven", *steady, *sets(ON_ALL))
-    if rivals is None:
-        quick: list[tuple[str, list[str]]] = []
-        for rival in study.rivals:
-            rates = tried(rival, "--epochs", str(study.trial_epochs))
-            row = compare(rival, rival, *by_epochs, *rates)
-            compare(f"{rival}, 4 epochs", rival, *short, *rates)
-            if row["seconds"] is not None and row["seconds"] < 0.9 * tuned["seconds"]:
-                quick.append((rival, rates))
-        for rival in study.slow:
-            compare(rival, rival, *by_seconds, *tried(rival, "--budget-seconds", str(TRIAL_SECONDS)))
-        for rival in study.timed:
-            compare(rival, rival, *by_seconds)
-        for rival, rates in quick:
-            compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
-    both = rows + (rivals or [])
-    best = min(row["val_loss"] for row in both if row["optimizer"].split(",")[0] == "adam")
+    quick: list[tuple[str, list[str]]] = []
+    for rival in [name for name in study.rivals if name not in known]:
+        rates = tried(rival, "--epochs", str(study.trial_epochs))
+        row = compare(rival, rival, *by_epochs, *rates)
+        compare(f"{rival}, 4 epochs", rival, *short, *rates)
+        if row["seconds"] is not None and row["seconds"] < 0.9 * tuned["seconds"]:
+            quick.append((rival, rates))
+    for rival in [name for name in study.slow if name not in known]:
+        compare(rival, rival, *by_seconds, *tried(rival, "--budget-seconds", str(TRIAL_SECONDS)))
+    for rival in study.timed:
+        compare(rival, rival, *by_seconds)
+    for rival, rates in quick:
+        compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
+    everything = [*rows, *known.values()]
+    best = min(row["val_loss"] for row in everything if row["optimizer"].split(",")[0] == "adam")
     for row in rows:
         row["seconds_to_adam"] = seconds_to(best, reported(folder / row["optimizer"] / "records"))
-    return both
+    return everything
 
 
 def reported(records: Path) -> list[Row]:
@@ -223,22 +223,22 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], metavar="study")
     parser.add_argument("--out", type=Path, default=Path("runs/sven_rivals"))
     parser.add_argument("--quick", action="store_true", help="one epoch; no record")
-    parser.add_argument("--own", action="store_true", help="Sven's arms alone; the rivals' are those of the record")
+    parser.add_argument("--again", nargs="+", default=[], help="only these; the others are those of the record")
     parser.add_argument("--table", action="store_true", help="print the record as Markdown, run nothing")
     given = parser.parse_args()
-    known: list[Row] = []
-    if given.own or given.table:
-        known = json.loads((FOLDER / "sven_rivals.json").read_text())["rows"]
+    record: list[Row] = []
+    if given.again or given.table:
+        record = json.loads((FOLDER / "sven_rivals.json").read_text())["rows"]
     if given.table:
-        print(table(known))
+        print(table(record))
         return
-    rows = {task: [row for row in known if row["task"] == task] for task in STUDIES}
+    rows = {task: [row for row in record if row["task"] == task] for task in STUDIES}
     for task in given.studies or STUDIES:
         if task.startswith("mnist") and "STEEPEST_DATA" not in os.environ:
             print(f"{task} skipped: STEEPEST_DATA is not set")
             continue
-        rivals = [row for row in rows[task] if row["optimizer"].split(",")[0] not in OWN] if given.own else None
-        rows[task] = run(task, STUDIES[task], given.out / task, "1" if given.quick else "20", rivals)
+        known = {row["optimizer"]: row for row in rows[task] if row["optimizer"].split(",")[0] not in given.again}
+        rows[task] = run(task, STUDIES[task], given.out / task, "1" if given.quick else "20", known)
     if any(rows.values()) and not given.quick:
         write("sven_rivals", list(chain.from_iterable(rows.values())))
 

@@ -26,8 +26,8 @@ EVERYWAY: dict[str, dict[str, Any]] = {
 each = pytest.mark.parametrize("options", EVERYWAY.values(), ids=EVERYWAY)
 
 
-def after_two_steps(options: dict[str, Any], worse: int) -> tuple[st.Sven, Tensor, list[str]]:
-    """The move of a third step of which some tries fail, and the products that it took."""
+def after_some_steps(options: dict[str, Any], worse: int) -> tuple[st.Sven, Tensor, list[str]]:
+    """The move of a last step of which some tries fail, and the products that it took."""
     options = dict(options)
     model, (x, y) = mlp(), data(12)
     if options.pop("reference", False):
@@ -37,7 +37,7 @@ def after_two_steps(options: dict[str, Any], worse: int) -> tuple[st.Sven, Tenso
     def closure() -> Tensor:
         return residuals(model, x, y + 1)
 
-    for _ in range(2):
+    for _ in range(4):
         opt.step(closure)
     before, products = flat(model), []
     with pytest.MonkeyPatch.context() as patch:
@@ -58,8 +58,8 @@ def noted(method: Callable[..., Any], name: str, calls: list[str]) -> Callable[.
 @each
 @pytest.mark.parametrize("worse", [0, 1, 3])
 def test_a_step_that_is_halved_is_a_share_of_the_one_that_is_not(options: dict[str, Any], worse: int) -> None:
-    whole, move, _ = after_two_steps(options, 0)
-    opt, part, _ = after_two_steps(options, worse)
+    whole, move, _ = after_some_steps(options, 0)
+    opt, part, _ = after_some_steps(options, worse)
     assert seen(whole).accepted
     assert seen(opt).accepted
     assert seen(opt).length == pytest.approx(seen(whole).length / 2**worse)
@@ -71,7 +71,7 @@ def test_a_step_that_is_halved_is_a_share_of_the_one_that_is_not(options: dict[s
 def test_a_direction_is_formed_once_however_often_it_is_tried(options: dict[str, Any]) -> None:
     """Straight into the parameters at first, where that can be, and once more where it has to be tried again."""
     for worse in (0, 1, 3):
-        _, _, products = after_two_steps(options, worse)
+        _, _, products = after_some_steps(options, worse)
         straight = options == {"metric": None}
         assert products.count("add_vjp_") == straight
         assert products.count("vjp") == (bool(worse) if straight else 1)
