@@ -105,10 +105,9 @@ def run(task: str, study: Study, folder: Path, epochs: str, known: dict[str, Row
     rows: list[Row] = []
 
     def compare(name: str, optimizer: str, *arguments: str) -> Row:
-        if name in known:
-            return known[name]
-        steepest("compare", task, "-o", optimizer, *arguments, "--out", str(folder / name))
-        rows.append(row_of(task, name, optimizer, folder / name / "records", study.trials))
+        if name not in known:
+            steepest("compare", task, "-o", optimizer, *arguments, "--out", str(folder / name))
+        rows.append(known.get(name) or row_of(task, name, optimizer, folder / name / "records", study.trials))
         return rows[-1]
 
     def tried(rival: str, *budget: str) -> list[str]:
@@ -141,11 +140,12 @@ def run(task: str, study: Study, folder: Path, epochs: str, known: dict[str, Row
         compare(rival, rival, *by_seconds)
     for rival, rates in quick:
         compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
-    everything = [*rows, *known.values()]
-    best = min(row["val_loss"] for row in everything if row["optimizer"].split(",")[0] == "adam")
+    rows += [row for row in known.values() if row not in rows]
+    best = min(row["val_loss"] for row in rows if row["optimizer"].split(",")[0] == "adam")
     for row in rows:
-        row["seconds_to_adam"] = seconds_to(best, reported(folder / row["optimizer"] / "records"))
-    return everything
+        if row["optimizer"] not in known:
+            row["seconds_to_adam"] = seconds_to(best, reported(folder / row["optimizer"] / "records"))
+    return rows
 
 
 def reported(records: Path) -> list[Row]:
