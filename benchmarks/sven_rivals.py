@@ -141,11 +141,16 @@ def run(task: str, study: Study, folder: Path, epochs: str, known: dict[str, Row
     for rival, rates in quick:
         compare(f"{rival}, equal seconds", rival, *by_seconds, *rates)
     rows += [row for row in known.values() if row not in rows]
+    compare_with_adam(rows, folder, known)
+    return rows
+
+
+def compare_with_adam(rows: list[Row], folder: Path, known: dict[str, Row]) -> None:
+    """Say of every row that is new how soon it was where Adam ended."""
     best = min(row["val_loss"] for row in rows if row["optimizer"].split(",")[0] == "adam")
     for row in rows:
         if row["optimizer"] not in known:
             row["seconds_to_adam"] = seconds_to(best, reported(folder / row["optimizer"] / "records"))
-    return rows
 
 
 def reported(records: Path) -> list[Row]:
