@@ -50,11 +50,12 @@ class LeaveOneOut:
     out.
 
     All of that is linear, and the model is not. So the closure is called once more after the step, without a backward:
-    where the sum of the batch's squares has not fallen, the step is halved, up to 4 times, and then given up, and the
-    next steps take a larger damping, ten times for every halving. Where none was needed smaller ones are allowed again,
-    by factors of two. After a step that was given up the next one is no longer than half the last length that was
-    tried, by a larger damping rather than a shorter step, and every step that is taken allows twice the length. The
-    second call must give the same batch; random numbers such as dropout's are repeated for it.
+    where the sum of the batch's squares has not fallen, before any weight decay, the step is halved, up to 4 times, and
+    then given up, and the next steps take a larger damping, ten times for every halving. Where none was needed smaller
+    ones are allowed again, by factors of two. After a step that was given up the next one is no longer than half the
+    last length that was tried, by a larger damping rather than a shorter step, and every step that is taken allows
+    twice the length. A first step of which the norm guard would leave less than 1/32 is not tried: the next one has a
+    larger damping. The second call must give the same batch; random numbers such as dropout's are repeated for it.
 
     Args:
         decay: Share of the past in the running means.
