@@ -11,7 +11,7 @@ All run for 20 epochs; rivals that need more seconds than "sven tuned" for that 
 that need fewer for its seconds too ("equal seconds"). All have a second run of 4 epochs ("4 epochs"), as have the tuned
 options of Sven: how soon a loss is reached depends on how fast the rate falls, and some overfit later. Where the
 full-batch rivals run, Sven takes all samples at a time too, without options and by Levenberg-Marquardt ("all samples").
-On toy_1d, where seeds differ by a factor of fifty, it has 20 of them beside the 5.
+On toy_1d, where seeds differ by factors of up to a hundred, it has 20 of them beside the 5.
 `seconds_to_adam` is the mean time to the lowest loss that any of Adam's runs ends with. An interrupted study goes on
 where it was; `--table` prints the record as the table of the README. With `--again "sven" "sven tuned"` the runs of
 these alone are made again, and those that the record has of the others are taken from there.
