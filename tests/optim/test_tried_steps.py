@@ -84,7 +84,7 @@ def test_after_a_step_that_is_given_up_the_next_are_shorter_and_then_longer_agai
 
 
 def test_where_a_short_step_is_given_up_too_it_is_not_the_length() -> None:
-    """Weight decay or rounding take more than it gains: shorter and shorter ones would never end."""
+    """What it gains is lost in rounding: shorter and shorter ones would never end."""
     lost, accepted = verified(untried(radius=1e-3, step=1 / 32), 1.0, lambda *_: 1.001)
     assert not accepted
     assert lost.memory is not None
@@ -107,7 +107,7 @@ def test_a_step_that_the_guard_would_leave_little_of_is_left_to_another_damping(
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_a_run_that_was_told_to_trust_no_step_goes_on_all_the_same(weight_decay: float) -> None:
-    """Whatever it came by: weight decay raises the loss by more than steps of that length can lower it."""
+    """However it came to that, and where weight decay raises the loss by more than a short step lowers it."""
     model, (x, y) = mlp(), data(12)
     opt = st.Sven(model, rows="residuals", relative_decay=0.0, weight_decay=weight_decay)
     losses = [float(opt.step(lambda: residuals(model, x, y + 2))) for _ in range(3)]

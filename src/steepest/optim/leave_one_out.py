@@ -250,7 +250,7 @@ def verified(
         floor = max(floor, used * _RAISE**halvings) if halvings else floor / _LOWER
         if accepted or not worth:
             radius = _WIDEN * (min(radius, taken) if scale < 1 else max(radius, taken))
-        else:  # so short a step fails for another reason: rounding, or weight decay that takes more than it gains
+        else:  # what so short a step gains is lost in rounding: shorter ones would never end
             radius = taken / 2 if solution.step > _SHORTEST else math.inf
         memory = torch.cat([memory[:-_LIMITS], memory.new_tensor([radius, floor, used])])
     return replace(solution, step=length if accepted else 0.0, memory=memory), accepted
