@@ -4,7 +4,7 @@
 
 A run has diverged if its final validation loss is not finite or above ten times that of the untrained model. The
 learning rate is constant. "lowest" is the median of the lowest loss that a run had after any epoch: small noisy
-tables are fitted in one or two, and what follows is overfitting.
+tables are overfitted from there on.
 """
 
 import argparse
