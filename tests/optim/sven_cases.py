@@ -198,6 +198,7 @@ def always(**options: Any) -> Callable[[nn.Module], dict[str, Any]]:
 EIGH: dict[str, Any] = {"solver": st.TruncatedEigh(rtol=1e-3)}
 DAMPED: dict[str, Any] = {"solver": st.Damped(1e-2), "rows": "residuals"}
 TRIED: dict[str, Any] = {"solver": st.LevenbergMarquardt(), "rows": "residuals"}
+FILTERED: dict[str, Any] = {"solver": st.KalmanFilter(), "rows": "residuals"}
 DUAL: dict[str, Any] = {"solver": st.LevenbergMarquardt(max_primal=0), "rows": "residuals"}
 # Leave-one-out decides by sums that rounding changes: of eigenvectors, more than of anything else.
 LOOSE: dict[str, Any] = {"tolerance": 1e-9}
@@ -252,6 +253,12 @@ CASES = [
     Case("levenberg of vectors and a fraction", wide, floats(5), vectors, always(**TRIED, fraction=0.5)),
     Case("levenberg and adamw", mlp, floats(5), far, parted(**TRIED)),
     Case("levenberg in float32", mlp, floats(5), far, always(**TRIED), tolerance=1e-4, dtype=torch.float32),
+    Case("kalman", mlp, floats(5), far, always(**FILTERED)),
+    Case("kalman of losses with rate, decay and momentum", mlp, floats(5), far_losses,
+         always(solver=st.KalmanFilter(), kappa=1.0, lr=0.5, weight_decay=0.1, momentum=0.4)),
+    Case("kalman of more rows than parameters", tiny, floats(5), far, always(**FILTERED)),
+    Case("kalman of blocks beside adamw", field, points, blocks, parted(**FILTERED, weights={"here": 4.0})),
+    Case("kalman in float32", mlp, floats(5), far, always(**FILTERED), tolerance=1e-4, dtype=torch.float32),
     Case("a relative decay", mlp, floats(5), near, always(**DAMPED, relative_decay=0.5)),
     Case("a relative decay with rate, decay and momentum", mlp, floats(5), far,
          always(**DAMPED, relative_decay=0.3, weight_decay=0.1, momentum=0.4, fraction=0.5, lr=0.4)),

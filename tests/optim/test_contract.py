@@ -84,6 +84,8 @@ OPTIMIZERS = [
     sven("sven_guard", **EIGH, lr=0.1, max_norm_ratio=1.0),
     sven("sven_levenberg", **LEVENBERG, rows="residuals"),
     sven("sven_levenberg_all", **LEVENBERG, **METRIC, rows="residuals", momentum=0.3),
+    sven("sven_kalman", solver=st.KalmanFilter(), rows="residuals"),
+    sven("sven_kalman_all", solver=st.KalmanFilter(), lr=0.7, momentum=0.3),
     sven("sven_reference", reference=True),
     kfac("kfac"),
     kfac("kfac_mid_period", factor_update_steps=2, inverse_update_steps=4),

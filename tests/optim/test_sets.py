@@ -80,6 +80,7 @@ CASES = [
     Case("blocks of losses", squared_blocks),
     Case("momentum and a fraction", signed, {**RESIDUALS, "solver": st.Damped(0.1), "momentum": 0.5, "fraction": 0.5}),
     Case("levenberg", signed, {**RESIDUALS, "solver": st.LevenbergMarquardt()}),
+    Case("kalman", signed, {**RESIDUALS, "solver": st.KalmanFilter()}),
     Case("weights", blocks, {**RESIDUALS, "weights": {"few": 5.0}}),
 ]  # fmt: skip
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -204,7 +205,7 @@ def test_a_resumed_run_goes_on_to_the_bit(dtype: torch.dtype, adam_first: bool) 
     assert same(opt.state_dict(), copied.state_dict())
 
 
-@pytest.mark.parametrize("solver", [None, st.Damped(0.1), st.LevenbergMarquardt()])
+@pytest.mark.parametrize("solver", [None, st.Damped(0.1), st.LevenbergMarquardt(), st.KalmanFilter()])
 def test_what_is_not_finite_changes_neither_set(solver: Any) -> None:
     case = Case("bad", signed, {**RESIDUALS, "solver": solver, "on_nonfinite": "skip"})
     model, opt, first, _ = parted(case)

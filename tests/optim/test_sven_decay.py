@@ -84,6 +84,7 @@ CASES = {
     "weights": Case(blocks, weighted, {**RESIDUALS, **DAMPED, "weights": {"few": 4.0}}),
     "primal": Case(residuals, residuals, {**RESIDUALS, "solver": st.TruncatedEigh(form="primal"), "lr": 0.3}),
     "levenberg": Case(residuals, residuals, {**RESIDUALS, "solver": st.LevenbergMarquardt()}),
+    "kalman": Case(residuals, residuals, {**RESIDUALS, "solver": st.KalmanFilter()}),
     "row by row": Case(residuals, residuals, {**RESIDUALS, "metric": None}, reference=True),
 }  # fmt: skip
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -197,7 +198,9 @@ def test_with_a_fraction_all_parameters_shrink_and_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [st.Damped(), st.TruncatedEigh(), st.LeaveOneOut(), st.LevenbergMarquardt(), st.TruncatedSVD()], ids=str
+    "solver",
+    [st.Damped(), st.TruncatedEigh(), st.LeaveOneOut(), st.LevenbergMarquardt(), st.KalmanFilter(), st.TruncatedSVD()],
+    ids=str,
 )
 def test_who_chooses_a_solver_has_none_unless_it_is_chosen_too(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is computed for it."""

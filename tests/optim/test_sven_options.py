@@ -74,7 +74,8 @@ def test_a_solver_of_ones_own_has_the_papers_rows_and_the_euclidean_norm() -> No
 
 
 def test_the_rate_follows_from_the_solver_and_a_given_one_stays() -> None:
-    rates = {None: 1.0, st.LeaveOneOut(): 1.0, st.LevenbergMarquardt(): 1.0, st.Damped(): 0.1, st.TruncatedSVD(): 0.1}
+    finding = dict.fromkeys((None, st.LeaveOneOut(), st.LevenbergMarquardt(), st.KalmanFilter()), 1.0)
+    rates = {**finding, st.Damped(): 0.1, st.TruncatedSVD(): 0.1}
     for solver, rate in rates.items():
         assert st.Sven(mlp(), solver=solver).param_groups[0]["lr"] == rate
         assert st.Sven(mlp(), solver=solver, lr=0.3).param_groups[0]["lr"] == 0.3
@@ -114,7 +115,7 @@ def squared(model: nn.Module, step: int) -> dict[str, Tensor]:
     return {name: block.square().flatten() for name, block in blocks(model, step).items()}
 
 
-SOLVERS = [None, st.Damped(0.1), st.LevenbergMarquardt()]
+SOLVERS = [None, st.Damped(0.1), st.LevenbergMarquardt(), st.KalmanFilter()]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
@@ -347,7 +348,7 @@ def test_a_solver_assigned_between_steps_is_used_from_then_on() -> None:
     tight, loose = st.TruncatedEigh(rtol=1e-6), st.TruncatedEigh(rtol=0.3)
     assert not torch.allclose(trained(tight, loose), trained(tight, tight))
     torch.testing.assert_close(trained(tight, tight), trained(st.TruncatedEigh(rtol=1e-6), tight))
-    trained(st.LevenbergMarquardt(), st.LeaveOneOut(), st.LevenbergMarquardt(), tight)
+    trained(st.LevenbergMarquardt(), st.LeaveOneOut(), st.KalmanFilter(), st.LevenbergMarquardt(), tight)
     opt = st.Sven(copy.deepcopy(start))
     with pytest.raises(st.errors.InvalidOptionError, match="give a solver object"):
         opt.solver = 0.1  # type: ignore[assignment]

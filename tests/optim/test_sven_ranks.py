@@ -104,6 +104,14 @@ def _check_traffic(world: int, found: list[list[dict[str, Any]]]) -> None:
             96 + 8 * rows + 8 * rows,
         )
         _check_traffic_of_levenberg(one[names.index("levenberg")], one[names.index("levenberg of rows")], world, rank)
+        tries = one[names.index("kalman")]["calls"] - 1
+        size, most_of = sum(p.numel() for p in mlp().parameters()), max(UNEQUAL[:world])
+        assert one[names.index("kalman")]["traffic"] == (
+            0,
+            8 * most_of * (size + 1),
+            16 * tries,
+            tries * (8 * size + 8),
+        )
         _check_traffic_of_trials(one[names.index("default")], counts, rank, momentum=False)
         _check_traffic_of_trials(one[names.index("residuals and momentum")], UNEQUAL[:world], rank, momentum=True)
         counts = UNEQUAL[:world]

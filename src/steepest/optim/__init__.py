@@ -6,6 +6,7 @@ from steepest.optim.fisher import Empirical, Exact, MonteCarlo
 from steepest.optim.fop import FOP, LayerDiagnostics
 from steepest.optim.ggn import ggn_rows
 from steepest.optim.gram import Solution
+from steepest.optim.kalman import KalmanFilter
 from steepest.optim.kfac import KFAC, KFACDiagnostics
 from steepest.optim.leave_one_out import LeaveOneOut
 from steepest.optim.levenberg import LevenbergMarquardt
@@ -31,6 +32,7 @@ __all__ = [
     "Empirical",
     "Exact",
     "KFACDiagnostics",
+    "KalmanFilter",
     "KroneckerMetric",
     "LPSGDDiagnostics",
     "LayerDiagnostics",

@@ -8,11 +8,11 @@ from typing import Any, Literal, Self
 from steepest._validation import check_choice, check_integer, check_real
 from steepest.errors import InvalidOptionError
 from steepest.optim.balance import BalancedMetric
+from steepest.optim.kalman import KalmanFilter
 from steepest.optim.leave_one_out import LeaveOneOut
-from steepest.optim.levenberg import LevenbergMarquardt
 from steepest.optim.metric import KroneckerMetric
 from steepest.optim.rows import RowKind
-from steepest.optim.solvers import Solver
+from steepest.optim.solvers import SearchingSolver, Solver
 from steepest.optim.together import solver_name
 
 __all__ = ["Choices"]
@@ -106,7 +106,7 @@ class Choices:
             raise InvalidOptionError(
                 "samples_per_row > 1 with rows='residuals': signed residuals cancel in a mean. Use rows='losses'."
             )
-        return cls(
+        found = cls(
             rows,
             kappa,
             _solver(LeaveOneOut() if solver is None else solver, max_norm_ratio),
@@ -120,6 +120,8 @@ class Choices:
             check_integer("seed", seed, low=0),
             on_nonfinite == "skip",
         )
+        found.check_columns()
+        return found
 
     def solved_by(self, solver: Solver) -> Self:
         """Choose another solver.
@@ -130,19 +132,32 @@ class Choices:
         Returns:
             The choices with it.
         """
-        return replace(self, solver=_solver(solver, self.max_norm_ratio))
+        found = replace(self, solver=_solver(solver, self.max_norm_ratio))
+        found.check_columns()
+        return found
+
+    def check_columns(self) -> None:
+        """Refuse a filter of parameters that are not the same in every step.
+
+        Raises:
+            InvalidOptionError: If there is one.
+        """
+        if isinstance(self.solver, KalmanFilter) and (self.metric is not None or self.fraction < 1):
+            other = f"fraction={self.fraction:g}" if self.metric is None else f"metric={self.metric!r}"
+            raise InvalidOptionError(
+                f"{self.solver!r} with {other}: its covariance is that of all parameters, in their own coordinates. "
+                "Drop one of the two."
+            )
 
     @property
     def lr(self) -> float:
         """Default rate: solvers that find the length of a step themselves take all of it."""
-        return 1.0 if isinstance(self.solver, LeaveOneOut | LevenbergMarquardt) else 0.1
+        return 1.0 if isinstance(self.solver, LeaveOneOut | SearchingSolver) else 0.1
 
     @property
     def tries(self) -> bool:
         """Whether steps are tried out."""
-        return isinstance(self.solver, LevenbergMarquardt) or (
-            isinstance(self.solver, LeaveOneOut) and self.solver.verify
-        )
+        return isinstance(self.solver, SearchingSolver) or (isinstance(self.solver, LeaveOneOut) and self.solver.verify)
 
     @property
     def norm_ratio(self) -> float | None:
@@ -162,7 +177,7 @@ class Choices:
 
 
 def _solver(solver: Solver, max_norm_ratio: float | Literal["auto"] | None) -> Solver:
-    if isinstance(solver, LevenbergMarquardt) and max_norm_ratio not in {"auto", None}:
+    if isinstance(solver, SearchingSolver) and max_norm_ratio not in {"auto", None}:
         raise InvalidOptionError(
             f"max_norm_ratio={max_norm_ratio:g} with {solver!r}, which tries its steps out and has no norm guard: "
             "leave max_norm_ratio out."

@@ -1,7 +1,6 @@
 """Levenberg-Marquardt: steps that are tried out, and a damping that follows from how they went."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from steepest.distributed.jacobian import own_rows
 from steepest.engine import Jacobian
 from steepest.optim.damped import DampedSystem
 from steepest.optim.gram import Solution
+from steepest.optim.solvers import Trial
 
-__all__ = ["LevenbergMarquardt", "search"]
+__all__ = ["LevenbergMarquardt"]
 
 _PROBE = 0.1  # share of a direction at which the rows' curvature along it is measured
 _LEAST, _MOST = 1e-24, 1e10  # of a damping that the next step begins with
@@ -98,63 +98,41 @@ class LevenbergMarquardt:
         system.damp(self.damping)
         return system.solution(system.solved(system.target(own_rows(jacobian, rhs))))
 
+    def search(self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial) -> tuple[Solution, bool]:
+        """Try steps until one lowers the sum of squares.
 
-class Trial(Protocol):
-    """What steps are tried with."""
+        Args:
+            jacobian: J, R rows.
+            rhs: ``[R]``.
+            memory: ``memory`` of the solution before, None at the first: the damping, then the scale.
+            trial: How to try a step.
 
-    @property
-    def rows(self) -> Tensor:
-        """The rows before any step, of this process."""
-
-    @property
-    def before(self) -> float:
-        """The sum of the squares of all processes' rows."""
-
-    def __call__(self, solution: Solution, length: float, /) -> float:
-        """Move along a share of a direction; returns the sum of squares, and moves back if it has not fallen."""
-
-    def rows_at(self, solution: Solution, length: float, /) -> Tensor:
-        """This process's rows at a share of a direction, whatever the learning rate."""
-
-
-def search(
-    solver: LevenbergMarquardt, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial
-) -> tuple[Solution, bool]:
-    """Try steps until one lowers the sum of squares.
-
-    Args:
-        solver: The settings.
-        jacobian: J, R rows.
-        rhs: ``[R]``.
-        memory: ``memory`` of the solution before, None at the first: the damping, then the scale.
-        trial: How to try a step.
-
-    Returns:
-        The last direction that was tried, with the new memory, and whether it was accepted.
-    """
-    damping = solver.damping if memory is None else float(memory[0])
-    system = DampedSystem(jacobian, solver.max_primal, None if memory is None else memory[1:])
-    own = own_rows(jacobian, rhs).double()
-    target = system.target(own)
-    nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
-    solution, accepted, used = system.solution(nothing), False, damping
-    for _ in range(solver.max_trials):
-        used = damping
-        if not system.damp(damping):
-            damping *= 10
-            continue
-        flat = system.solved(target)
-        if solver.acceleration:
-            flat = _accelerated(system, flat, own, trial)
-        solution = system.solution(flat)
-        accepted = trial(solution, 1.0) < trial.before
-        damping *= solver.decrease if accepted else solver.increase
-        if accepted:
-            break
-    if not accepted and damping > _MOST:
-        damping = solver.damping  # nothing helps here; whoever changes the conditions finds the usual start
-    learnt = torch.cat([system.scale.new_tensor([max(damping, _LEAST)]), system.scale])
-    return replace(solution, damping=used, memory=learnt), accepted
+        Returns:
+            The last direction that was tried, with the new memory, and whether it was accepted.
+        """
+        damping = self.damping if memory is None else float(memory[0])
+        system = DampedSystem(jacobian, self.max_primal, None if memory is None else memory[1:])
+        own = own_rows(jacobian, rhs).double()
+        target = system.target(own)
+        nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
+        solution, accepted, used = system.solution(nothing), False, damping
+        for _ in range(self.max_trials):
+            used = damping
+            if not system.damp(damping):
+                damping *= 10
+                continue
+            flat = system.solved(target)
+            if self.acceleration:
+                flat = _accelerated(system, flat, own, trial)
+            solution = system.solution(flat)
+            accepted = trial(solution, 1.0) < trial.before
+            damping *= self.decrease if accepted else self.increase
+            if accepted:
+                break
+        if not accepted and damping > _MOST:
+            damping = self.damping  # nothing helps here; whoever changes the conditions finds the usual start
+        learnt = torch.cat([system.scale.new_tensor([max(damping, _LEAST)]), system.scale])
+        return replace(solution, damping=used, memory=learnt), accepted
 
 
 def _accelerated(system: DampedSystem, flat: Tensor, rhs: Tensor, trial: Trial) -> Tensor:

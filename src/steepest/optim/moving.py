@@ -41,6 +41,11 @@ class Mover:
         self._direction: dict[str, Tensor] | None = None
         self._norm = self._reach = 0.0
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every parameter that moves, by name."""
+        return {name: float(group["lr"]) for group, trained in self._groups for name in trained}
+
     def norm(self, solution: Solution) -> float:
         """Euclidean norm of a solution, without momentum, in the parameters' own coordinates.
 

@@ -13,7 +13,16 @@ from steepest.engine import Jacobian
 from steepest.linalg import damped_solve, range_finder, spectral_filter
 from steepest.optim.gram import FORMS, Form, Gram, Solution, unflatten
 
-__all__ = ["AdaptiveSolver", "Damped", "RandomizedSVD", "Solver", "TruncatedEigh", "TruncatedSVD"]
+__all__ = [
+    "AdaptiveSolver",
+    "Damped",
+    "RandomizedSVD",
+    "SearchingSolver",
+    "Solver",
+    "Trial",
+    "TruncatedEigh",
+    "TruncatedSVD",
+]
 
 
 @runtime_checkable
@@ -32,6 +41,36 @@ class AdaptiveSolver(Solver, Protocol):
         self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, samples: Sequence[tuple[int, int]]
     ) -> Solution:
         """Solve as `solve` does, by the ``memory`` of the solution before; samples and rows of each, block by block."""
+
+
+class Trial(Protocol):
+    """What steps are tried with."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows before any step, of this process."""
+
+    @property
+    def before(self) -> float:
+        """The sum of the squares of all processes' rows."""
+
+    def __call__(self, solution: Solution, length: float, /) -> float:
+        """Move along a share of a direction; returns the sum of squares, and moves back if it has not fallen."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every parameter that moves, by name."""
+
+    def rows_at(self, solution: Solution, length: float, /) -> Tensor:
+        """This process's rows at a share of a direction, whatever the learning rate."""
+
+
+@runtime_checkable
+class SearchingSolver(Solver, Protocol):
+    """A solver that tries its steps out, and learns from how they went."""
+
+    def search(self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial) -> tuple[Solution, bool]:
+        """Try steps, by the ``memory`` of the solution before; returns the last one and whether it was accepted."""
 
 
 def _check_truncation(solver: "TruncatedEigh | TruncatedSVD | RandomizedSVD") -> None:

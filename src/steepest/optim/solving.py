@@ -10,11 +10,10 @@ from steepest.optim.choices import Choices
 from steepest.optim.deciding import decide
 from steepest.optim.gram import Solution
 from steepest.optim.leave_one_out import verified
-from steepest.optim.levenberg import LevenbergMarquardt, search
 from steepest.optim.memory import Memory
 from steepest.optim.moving import Mover
 from steepest.optim.posing import Batch
-from steepest.optim.solvers import AdaptiveSolver
+from steepest.optim.solvers import AdaptiveSolver, SearchingSolver
 from steepest.optim.system import Outcome, System
 from steepest.optim.trials import Trials
 
@@ -57,9 +56,9 @@ class Step:
             What came of it.
         """
         solver, system, mover = self._choices.solver, self._system, self._mover
-        if isinstance(solver, LevenbergMarquardt):
+        if isinstance(solver, SearchingSolver):
             trials = self._trials(batch)
-            solution, accepted = search(solver, system.used, system.rhs, self._memory["solver"], trials)
+            solution, accepted = solver.search(system.used, system.rhs, self._memory["solver"], trials)
             scale = 1.0
         else:
             solution = self._solved()

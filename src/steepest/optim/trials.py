@@ -42,6 +42,11 @@ class Trials:
         self._mover, self._evaluate, self._ranks = mover, evaluate, ranks
         self.rows, self.before = rows, before
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every parameter that moves, by name."""
+        return self._mover.rates
+
     def __call__(self, solution: Solution, length: float) -> float:
         """Try a step.
 

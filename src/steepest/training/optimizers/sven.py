@@ -23,9 +23,9 @@ def _step(options: Mapping[str, object]) -> StepFunction:
 
 
 def _finds_length(options: Mapping[str, object]) -> bool:
-    from steepest.optim import LeaveOneOut, LevenbergMarquardt
+    from steepest.optim import KalmanFilter, LeaveOneOut, LevenbergMarquardt
 
-    return isinstance(options.get("solver") or LeaveOneOut(), LeaveOneOut | LevenbergMarquardt)
+    return isinstance(options.get("solver") or LeaveOneOut(), KalmanFilter | LeaveOneOut | LevenbergMarquardt)
 
 
 def _diagnose(optimizer: torch.optim.Optimizer) -> Diagnosis:

@@ -1,0 +1,229 @@
+"""Kalman filter: conditions that remember, by a covariance of the parameters, what earlier batches have settled."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from steepest._validation import check_integer, check_real
+from steepest.distributed.jacobian import SpreadJacobian
+from steepest.engine import Jacobian
+from steepest.errors import InvalidOptionError, NonFiniteError
+from steepest.optim.gram import Solution, unflatten
+from steepest.optim.solvers import Trial
+
+__all__ = ["KalmanFilter"]
+
+_CHUNK = 128  # rows at a time: one after another they give what all at once would
+_FLOOR = 1e-12  # of the noise against what the covariance says of the rows: below, sums are rounding
+_RAISE = 10.0  # factor of the noise after a step that did not help
+
+
+@dataclass(frozen=True)
+class KalmanFilter:
+    r"""The conditions of all batches so far, solved batch by batch: an extended Kalman filter.
+
+    .. math:: d = C J^T (J C J^T + \sigma^2 I)^{-1} R, \qquad C \leftarrow C - C J^T (J C J^T + \sigma^2 I)^{-1} J C
+
+    C is the covariance of the parameters: how far, and in which directions, they may still move without spoiling what
+    earlier batches asked for. Were the rows linear, the parameters after n batches would be the regularised least
+    squares solution of all of them, which no step that forgets the batches before it can reach: directions in which
+    single batches say little are settled by many. It has P^2 numbers in float64 and a step of R rows takes
+    ``4 R P^2`` operations, so this is for models of up to some thousands of parameters.
+
+    Rows that are not linear are the reason for the rest. The noise is ``sigma^2 = noise mean(R^2)``. Before each step
+
+    .. math:: C \leftarrow (1 - \rho)\, C + \rho\, \pi I, \qquad \rho = \mathrm{drift}\,\sqrt{s / \pi}, \qquad
+        s = \operatorname{mean}_n R_n^2 \, / \, \operatorname{mean}_n |J_n|^2
+
+    with pi the largest s so far and ``C = s I`` at first, so that nothing depends on the units of rows or parameters:
+    what was learnt fades as long as there is much left to learn. After a step the closure is called again, without a
+    backward. If the sum of squares of the rows did not fall, before any weight decay, the parameters go back and the
+    same conditions are solved with ten times the noise. Of a step that the learning rate shortens to a share eta C
+    learns as much as such a step settles, ``1 - (1 - eta)^2``.
+
+    Several processes: every one gathers J, ``M P s`` bytes for the M rows of the rank that has most and parameters of s
+    bytes, and every try broadcasts ``8 P + 8`` and sums 16.
+
+    Args:
+        noise: Variance of the rows' noise in multiples of their mean square; the smaller, the faster, and the more
+            single batches decide.
+        drift: Share of the covariance that is forgotten in a step at first; 0 for data that never change their mind.
+        max_trials: Steps that are tried before a step leaves the parameters as they were.
+        max_parameters: Models with more parameters are refused.
+
+    Raises:
+        InvalidOptionError: If an option is impossible, or at the first step if the model is too large.
+
+    References:
+        Singhal and Wu, Training multilayer perceptrons with the extended Kalman algorithm, NIPS 1988; as natural
+        gradient: Ollivier, arXiv 1703.00209. The conditions are those of Sven, arXiv 2604.01279.
+
+    Example:
+        >>> import torch, steepest as st
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> opt = st.Sven(model, rows="residuals", solver=st.KalmanFilter())
+        >>> for _ in range(200):
+        ...     x = 2 * torch.rand(16, 1) - 1
+        ...     loss = opt.step(lambda: (model(x) - torch.sin(3 * x)).squeeze(1))
+        >>> bool(loss < 1e-6)
+        True
+    """
+
+    noise: float = 5.0
+    drift: float = 0.03
+    max_trials: int = 5
+    max_parameters: int = 4096
+
+    def __post_init__(self) -> None:
+        check_real("noise", self.noise, low=0, open_low=True)
+        check_real("drift", self.drift, low=0, high=1)
+        check_integer("max_trials", self.max_trials, low=1)
+        check_integer("max_parameters", self.max_parameters, low=1)
+
+    def solve(self, jacobian: Jacobian, rhs: Tensor) -> Solution:
+        """Solve by what this batch alone says.
+
+        Args:
+            jacobian: J, R rows.
+            rhs: ``[R]``.
+
+        Returns:
+            The direction, untried.
+        """
+        belief = _Belief(self, jacobian, rhs, None)
+        flat = belief.solved(self.noise * belief.mean)
+        return belief.solution(torch.zeros_like(belief.prior) if flat is None else flat)
+
+    def search(self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial) -> tuple[Solution, bool]:
+        """Try steps with more and more noise until one lowers the sum of squares.
+
+        Args:
+            jacobian: J, R rows.
+            rhs: ``[R]``.
+            memory: ``memory`` of the solution before, None at the first: pi, then C.
+            trial: How to try a step.
+
+        Returns:
+            The last direction that was tried, with the new memory, and whether it was accepted.
+        """
+        belief = _Belief(self, jacobian, rhs, memory)
+        nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
+        solution, accepted, used, noise = belief.solution(nothing), False, 0.0, self.noise * belief.mean
+        for _ in range(self.max_trials if noise > 0 else 0):
+            used, flat = noise, belief.solved(noise)
+            noise *= _RAISE
+            if flat is None:
+                continue
+            solution = belief.solution(flat)
+            accepted = trial(solution, 1.0) < trial.before
+            if accepted:
+                belief.learn(trial.rates)
+                break
+        return replace(solution, damping=used, memory=belief.memory), accepted
+
+
+class _Belief:
+    """What is known of the parameters before a batch and with it.
+
+    Args:
+        solver: The settings.
+        jacobian: J, of all processes.
+        rhs: ``[R]``.
+        memory: What the step before left; where that had other parameters, nothing is known of these.
+
+    Attributes:
+        mean: Of the squared rows.
+        prior: pi.
+        covariance: C.
+    """
+
+    def __init__(self, solver: KalmanFilter, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None) -> None:
+        count = jacobian.num_parameters
+        if count > solver.max_parameters:
+            raise InvalidOptionError(
+                f"KalmanFilter on {count:,} parameters: their covariance would have {count**2 * 8 / 2**30:.1f} GiB. "
+                f"Raise max_parameters={solver.max_parameters} if it fits, train some of them only (params=), or use "
+                "steepest.LeaveOneOut()."
+            )
+        self._jacobian, self._rows, self._target = jacobian, jacobian.to_dense(torch.float64), rhs.double()
+        mean, size = self._target.square().mean(), self._rows.square().sum() / len(rhs)
+        if not bool((mean + size).isfinite()):
+            raise NonFiniteError(
+                "The squares of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
+                "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
+                "derivative is infinite, such as a root at zero."
+            )
+        # Conditions that no parameter moves say nothing of the parameters.
+        scale = torch.where(size > 0, mean / size, 0)
+        self.mean = float(mean)
+        if memory is None or len(memory) != 1 + count**2 or memory[0] == 0:
+            self.prior, self.covariance = scale, scale * torch.eye(count, dtype=scale.dtype, device=scale.device)
+        else:
+            self.prior = torch.maximum(memory[0].to(scale), scale)
+            faded = solver.drift * (scale / self.prior).sqrt()
+            self.covariance = (1 - faded) * memory[1:].to(scale).view(count, count)
+            self.covariance.diagonal().add_(faded * self.prior)
+        self._learnt = self.covariance
+
+    def solved(self, noise: float) -> Tensor | None:
+        """Solve with a noise.
+
+        Args:
+            noise: sigma^2.
+
+        Returns:
+            d, flat; None where rounding has made the conditions indefinite.
+        """
+        flat, learnt = torch.zeros_like(self._rows[0]), self.covariance.clone()
+        failed = False
+        for rows, target in zip(self._rows.split(_CHUNK), self._target.split(_CHUNK), strict=True):
+            reach = learnt @ rows.T
+            matrix = rows @ reach
+            matrix.diagonal().add_(matrix.diagonal().mean().mul(_FLOOR).clamp(min=noise))
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if failed := bool(info):
+                break
+            half = torch.linalg.solve_triangular(factor, reach.T, upper=False)
+            left = torch.linalg.solve_triangular(factor, (target - rows @ flat).unsqueeze(1), upper=False)
+            flat += (half.T @ left).squeeze(1)
+            learnt.addmm_(half.T, half, alpha=-1)
+        self._learnt = learnt
+        return self._agreed(flat, failed)
+
+    def learn(self, rates: dict[str, float]) -> None:
+        """Keep what the last direction settles.
+
+        Args:
+            rates: Share of the direction that was taken, of every parameter.
+        """
+        shapes = self._jacobian.shapes
+        left = torch.cat([
+            self.covariance.new_full((shape.numel(),), 1 - rates[name]) for name, shape in shapes.items()
+        ])
+        if not bool(left.any()):
+            self.covariance = self._learnt
+            return
+        self.covariance = self._learnt + left.unsqueeze(1) * (self.covariance - self._learnt) * left
+
+    @property
+    def memory(self) -> Tensor:
+        """What the next step has to be given."""
+        return torch.cat([self.prior.view(1), self.covariance.flatten()])
+
+    def solution(self, flat: Tensor) -> Solution:
+        """Wrap a direction."""
+        norm = float(torch.linalg.vector_norm(flat))
+        explicit = unflatten(flat, self._jacobian)
+        rank = min(len(self._rows), len(flat))
+        floor = 32 * torch.finfo(self._jacobian.dtype).eps
+        return Solution(self._jacobian, rank, None, floor, norm, norm, explicit=explicit)
+
+    def _agreed(self, flat: Tensor, failed: bool) -> Tensor | None:
+        """What rank 0 found, where rounding could make others find something else."""
+        if isinstance(self._jacobian, SpreadJacobian):
+            told = flat.new_tensor([float(failed)])
+            self._jacobian.ranks.broadcast_([flat, told], source=0)
+            failed = bool(told.item())
+        return None if failed else flat
