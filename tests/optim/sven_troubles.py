@@ -145,7 +145,9 @@ def _new_failures(case: Case, data: Data, last: bool) -> dict[str, Any]:
     ]
     opt = st.Sven(model, momentum=0.5, metric=st.KroneckerMetric())
     found: dict[str, Any] = {
-        "levenberg of one": attempt(st.Sven(model, kappa=1, solver=st.LevenbergMarquardt() if last else None), good),
+        "levenberg of one": attempt(
+            st.Sven(model, kappa=1, solver=st.LevenbergMarquardt() if last else st.LeaveOneOut()), good
+        ),
         "adamw of one": attempt(st.Sven(model, params=groups if last else groups[1:]), good),
         "other groups": attempt(st.Sven(model, params=swapped if last else groups), good),
         "momentum": attempt(st.Sven(model, momentum=0.5 if last else 0.2), good),

@@ -16,6 +16,8 @@ from optim.sven_runs import DOUBLE, data, dense_jacobian, flat, jacobian_of, mlp
 from steepest.linalg import symmetric_spectrum
 from steepest.optim.leave_one_out import left_out
 
+pytestmark = pytest.mark.usefixtures("no_model_is_small")
+
 LAMBDAS = torch.tensor([1e-6, 1e-2, 1.0, 1e4], dtype=DOUBLE)
 
 

@@ -16,6 +16,8 @@ from optim.sven_runs import DOUBLE, data, dense_jacobian, flat, mlp, residuals, 
 from steepest.engine import Capture
 from zoo_parts import Net
 
+pytestmark = pytest.mark.usefixtures("no_model_is_small")
+
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 

@@ -27,6 +27,8 @@ from optim.sven_runs import (
 )
 from steepest.engine import Jacobian
 
+pytestmark = pytest.mark.usefixtures("no_model_is_small")
+
 C = 0.2
 RESIDUALS: dict[str, Any] = {"rows": "residuals"}
 DAMPED: dict[str, Any] = {"solver": st.Damped(0.1), "lr": 0.3}

@@ -14,6 +14,8 @@ from optim.sven_runs import counted, data, flat, mlp, residuals, seen
 from steepest.engine import Jacobian
 from steepest.optim.metric import Geometry
 
+pytestmark = pytest.mark.usefixtures("no_model_is_small")
+
 METRIC = st.KroneckerMetric()
 EVERYWAY: dict[str, dict[str, Any]] = {
     "default": {},

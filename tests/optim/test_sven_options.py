@@ -53,6 +53,46 @@ def signed(model: nn.Module, step: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", ["losses", "residuals"])
+def test_by_default_small_models_remember_all_batches(rows: str) -> None:
+    """The Kalman filter, roots of losses, whole steps, and no decay."""
+    output = losses if rows == "losses" else signed
+    options = {"lr": 1.0, "kappa": 1.0, "solver": st.KalmanFilter(), "metric": None, "relative_decay": 0.0}
+    assert torch.equal(trained({"rows": rows}, output), trained({"rows": rows, **options}, output))
+    others = {"kappa": 2.0, "lr": 0.5, "solver": st.KalmanFilter(noise=6.0), "relative_decay": 1e-3}
+    for name, other in others.items():
+        if (name, rows) != ("kappa", "residuals"):
+            changed = trained({"rows": rows, **options, name: other}, output)
+            assert not torch.equal(trained({"rows": rows}, output), changed), name
+
+
+@pytest.mark.parametrize(
+    ("options", "small"),
+    [
+        ({}, True),
+        ({"rows": "residuals", "lr": 0.5, "weight_decay": 0.1, "max_norm_ratio": None, "samples_per_row": 1}, True),
+        ({"momentum": 0.5}, False),
+        ({"fraction": 0.5}, False),
+        ({"max_norm_ratio": 3.0}, False),
+        ({"metric": None}, False),
+        ({"metric": st.KroneckerMetric()}, False),
+    ],
+    ids=str,
+)
+def test_whoever_asks_for_more_gets_the_solver_that_takes_it(options: dict[str, Any], small: bool) -> None:
+    assert isinstance(st.Sven(mlp(), **options).solver, st.KalmanFilter if small else st.LeaveOneOut)
+
+
+def test_small_is_what_sven_trains() -> None:
+    model = nn.Sequential(nn.Linear(200, 5), nn.Linear(5, 3))
+    assert isinstance(st.Sven(model).solver, st.KalmanFilter)  # 1,023 parameters
+    wider = nn.Sequential(nn.Linear(200, 5), nn.Linear(5, 4))
+    assert isinstance(st.Sven(wider).solver, st.LeaveOneOut)
+    groups = [{"params": wider[0].parameters(), "method": "adamw"}, {"params": wider[1].parameters()}]
+    assert isinstance(st.Sven(wider, params=groups).solver, st.KalmanFilter)
+
+
+@pytest.mark.usefixtures("no_model_is_small")
+@pytest.mark.parametrize("rows", ["losses", "residuals"])
 def test_by_default_the_batch_decides(rows: str) -> None:
     """Leave-one-out in the metric, roots of losses, whole solutions, and some decay."""
     output = losses if rows == "losses" else signed

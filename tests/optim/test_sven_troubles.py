@@ -61,7 +61,7 @@ def test_what_goes_wrong_on_one_rank_raises_on_all_and_changes_nothing(tmp_path:
         assert one["adamw steep"].startswith("NonFiniteError: The gradient of '0.weight' holds NaN"), one["adamw steep"]
         assert one["metric steep"].startswith("NonFiniteError: The batch has no metric"), one["metric steep"]
         assert f"momentum is 0.2 on rank 0 and 0.5 on rank {world - 1}" in one["momentum"]
-        assert f"relative_decay is 0.002 on rank 0 and 0.5 on rank {world - 1}" in one["decay"]
+        assert f"relative_decay is 0.0 on rank 0 and 0.5 on rank {world - 1}" in one["decay"]
         assert "metric is None on rank 0 and KroneckerMetric(" in one["metric"]
         assert "weights is {'some': 1.0} on rank 0 and {'some': 2.0}" in one["weights"]
         assert "a weight for 'other', and the closure returned the blocks 'some'" in one["unknown"]

@@ -28,6 +28,8 @@ from optim.sven_runs import (
 from steepest.optim.gram import Solution
 from steepest.optim.leave_one_out import verified
 
+pytestmark = pytest.mark.usefixtures("no_model_is_small")
+
 
 def untried(
     floor: float = 1e-14, used: float = 1e-3, step: float = 0.8, radius: float = float("inf"), norm: float = 1.0

@@ -15,9 +15,10 @@ from steepest.optim.rows import RowKind
 from steepest.optim.solvers import SearchingSolver, Solver
 from steepest.optim.together import solver_name
 
-__all__ = ["Choices"]
+__all__ = ["Choices", "default_lr"]
 
-_RELATIVE_DECAY = 2e-3  # where nobody chose a solver
+_SMALL = 1024  # parameters of a model whose covariance costs little
+_RELATIVE_DECAY = 2e-3  # where nobody chose a solver, and the model is not small
 _MAX_NORM_RATIO = 3.0  # where nothing tries the steps out
 
 
@@ -69,6 +70,7 @@ class Choices:
         samples_per_row: int,
         seed: int,
         on_nonfinite: Literal["raise", "skip"],
+        size: int,
     ) -> Self:
         """Take the constructor's arguments.
 
@@ -85,6 +87,7 @@ class Choices:
             samples_per_row: As there.
             seed: As there.
             on_nonfinite: As there.
+            size: Number of parameters that Sven trains.
 
         Returns:
             All of them, with defaults.
@@ -98,20 +101,25 @@ class Choices:
         kappa = check_real("kappa", default_kappa if kappa is None else kappa, low=0, open_low=True)
         if max_norm_ratio is not None and max_norm_ratio != "auto":
             max_norm_ratio = check_real("max_norm_ratio", max_norm_ratio, low=1)
-        if relative_decay is None:
-            relative_decay = _RELATIVE_DECAY if solver is None else 0.0
         fraction = check_real("fraction", fraction, low=0, high=1, open_low=True)
         samples_per_row = check_integer("samples_per_row", samples_per_row, low=1)
         if rows == "residuals" and samples_per_row > 1:
             raise InvalidOptionError(
                 "samples_per_row > 1 with rows='residuals': signed residuals cancel in a mean. Use rows='losses'."
             )
+        momentum = check_real("momentum", momentum, low=0, high=1, open_high=True)
+        # Whoever asks for more than the conditions gets the solver that takes all of it.
+        plain = metric == "auto" and max_norm_ratio in {"auto", None} and fraction == 1 and momentum == 0
+        if solver is None and plain and size <= _SMALL:
+            solver = KalmanFilter()
+        if relative_decay is None:
+            relative_decay = _RELATIVE_DECAY if solver is None else 0.0
         found = cls(
             rows,
             kappa,
             _solver(LeaveOneOut() if solver is None else solver, max_norm_ratio),
             _metric(metric, solver, fraction),
-            check_real("momentum", momentum, low=0, high=1, open_high=True),
+            momentum,
             {str(n): check_real(f"weights[{n!r}]", w, low=0) for n, w in (weights or {}).items()},
             max_norm_ratio,
             check_real("relative_decay", relative_decay, low=0, high=1, open_high=True),
@@ -150,11 +158,6 @@ class Choices:
             )
 
     @property
-    def lr(self) -> float:
-        """Default rate: solvers that find the length of a step themselves take all of it."""
-        return 1.0 if isinstance(self.solver, LeaveOneOut | SearchingSolver) else 0.1
-
-    @property
     def tries(self) -> bool:
         """Whether steps are tried out."""
         return isinstance(self.solver, SearchingSolver) or (isinstance(self.solver, LeaveOneOut) and self.solver.verify)
@@ -174,6 +177,18 @@ class Choices:
             "metric": repr(self.metric),
             "on_nonfinite": "skip" if self.skip else "raise",
         }
+
+
+def default_lr(solver: Solver | None) -> float:
+    """The rate where the user gives none: solvers that find the length of a step themselves take all of it.
+
+    Args:
+        solver: The user's.
+
+    Returns:
+        1, or 0.1.
+    """
+    return 1.0 if solver is None or isinstance(solver, LeaveOneOut | SearchingSolver) else 0.1
 
 
 def _solver(solver: Solver, max_norm_ratio: float | Literal["auto"] | None) -> Solver:

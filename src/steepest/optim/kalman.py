@@ -16,7 +16,8 @@ __all__ = ["KalmanFilter"]
 
 _CHUNK = 128  # rows at a time: one after another they give what all at once would
 _FLOOR = 1e-12  # of the noise against what the covariance says of the rows: below, sums are rounding
-_RAISE = 10.0  # factor of the noise after a step that did not help
+_RAISE, _LOWER = 10.0, 2.0  # factors of the noise: after a step that did not help, and after one that did at once
+_MOST = 1e30  # of these factors
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class KalmanFilter:
     with pi the largest s so far and ``C = s I`` at first, so that nothing depends on the units of rows or parameters:
     what was learnt fades as long as there is much left to learn. After a step the closure is called again, without a
     backward. If the sum of squares of the rows did not fall, before any weight decay, the parameters go back and the
-    same conditions are solved with ten times the noise. Of a step that the learning rate shortens to a share eta C
-    learns as much as such a step settles, ``1 - (1 - eta)^2``.
+    same conditions are solved with ten times the noise. The next step begins with the noise that this one ended with,
+    and where no step had to be taken back it becomes half of that, down to the usual one. Of a step that the learning
+    rate shortens to a share eta C learns as much as such a step settles, ``1 - (1 - eta)^2``.
 
     Several processes: every one gathers J, ``M P s`` bytes for the M rows of the rank that has most and parameters of s
     bytes, and every try broadcasts ``8 P + 8`` and sums 16.
@@ -102,7 +104,7 @@ class KalmanFilter:
         Args:
             jacobian: J, R rows.
             rhs: ``[R]``.
-            memory: ``memory`` of the solution before, None at the first: pi, then C.
+            memory: ``memory`` of the solution before, None at the first: pi, the factor of the noise, C.
             trial: How to try a step.
 
         Returns:
@@ -110,17 +112,21 @@ class KalmanFilter:
         """
         belief = _Belief(self, jacobian, rhs, memory)
         nothing = torch.zeros(jacobian.num_parameters, dtype=torch.float64, device=jacobian.device)
-        solution, accepted, used, noise = belief.solution(nothing), False, 0.0, self.noise * belief.mean
-        for _ in range(self.max_trials if noise > 0 else 0):
-            used, flat = noise, belief.solved(noise)
-            noise *= _RAISE
-            if flat is None:
-                continue
-            solution = belief.solution(flat)
-            accepted = trial(solution, 1.0) < trial.before
+        solution, accepted, used, usual = belief.solution(nothing), False, 0.0, self.noise * belief.mean
+        factor, next_ = belief.factor, max(1.0, belief.factor / _LOWER)
+        for _ in range(self.max_trials if usual > 0 else 0):
+            used = factor * usual
+            flat = belief.solved(used)
+            if flat is not None:
+                solution = belief.solution(flat)
+                accepted = trial(solution, 1.0) < trial.before
             if accepted:
                 belief.learn(trial.rates)
                 break
+            factor *= _RAISE
+            next_ = factor
+        # Where no noise is enough nothing helps; whoever changes the conditions finds the usual one.
+        belief.factor = next_ if next_ < _MOST else 1.0
         return replace(solution, damping=used, memory=belief.memory), accepted
 
 
@@ -136,6 +142,7 @@ class _Belief:
     Attributes:
         mean: Of the squared rows.
         prior: pi.
+        factor: Of the noise.
         covariance: C.
     """
 
@@ -157,13 +164,13 @@ class _Belief:
             )
         # Conditions that no parameter moves say nothing of the parameters.
         scale = torch.where(size > 0, mean / size, 0)
-        self.mean = float(mean)
-        if memory is None or len(memory) != 1 + count**2 or memory[0] == 0:
+        self.mean, self.factor = float(mean), 1.0
+        if memory is None or len(memory) != 2 + count**2 or memory[0] == 0:
             self.prior, self.covariance = scale, scale * torch.eye(count, dtype=scale.dtype, device=scale.device)
         else:
-            self.prior = torch.maximum(memory[0].to(scale), scale)
+            self.prior, self.factor = torch.maximum(memory[0].to(scale), scale), float(memory[1])
             faded = solver.drift * (scale / self.prior).sqrt()
-            self.covariance = (1 - faded) * memory[1:].to(scale).view(count, count)
+            self.covariance = (1 - faded) * memory[2:].to(scale).view(count, count)
             self.covariance.diagonal().add_(faded * self.prior)
         self._learnt = self.covariance
 
@@ -210,7 +217,7 @@ class _Belief:
     @property
     def memory(self) -> Tensor:
         """What the next step has to be given."""
-        return torch.cat([self.prior.view(1), self.covariance.flatten()])
+        return torch.cat([self.prior.view(1), self.prior.new_tensor([self.factor]), self.covariance.flatten()])
 
     def solution(self, flat: Tensor) -> Solution:
         """Wrap a direction."""

@@ -15,7 +15,7 @@ from steepest.distributed.ranks import Ranks, Traffic
 from steepest.engine import Capture, ReferenceCapture, Rows, named_trainable
 from steepest.errors import InvalidOptionError, NonFiniteError
 from steepest.optim.balance import BalancedMetric
-from steepest.optim.choices import Choices
+from steepest.optim.choices import Choices, default_lr
 from steepest.optim.memory import Memory
 from steepest.optim.metric import KroneckerMetric
 from steepest.optim.moving import Mover
@@ -45,10 +45,11 @@ class Sven(Optimizer):
     cross-entropy and other convex losses. Several kinds of conditions (equation, boundary, data) are given as a dict of
     named blocks.
 
-    Without options nothing has to be tuned: `LeaveOneOut` finds damping and length of every step from the batch itself
-    and tries the step out, and `KroneckerMetric` measures steps by the curvature of past batches. Where samples have
-    wrong or ambiguous labels, as in most classification, ``kappa=2`` with ``solver=Damped(0.1)``, a falling rate and
-    some weight decay end lower. For a fixed set of conditions, such as those
+    Without options nothing has to be tuned. Up to 1,024 trained parameters `KalmanFilter` remembers what all batches so
+    far have settled, which is hundreds of times more exact. For larger models `LeaveOneOut` finds damping and length of
+    every step from the batch itself, and `KroneckerMetric` measures steps by the curvature of past batches. Both try
+    their steps out. Where samples have wrong or ambiguous labels, as in most classification, ``kappa=2`` with
+    ``solver=Damped(0.1)``, a falling rate and some weight decay end lower. For a fixed set of conditions, such as those
     of an equation, `LevenbergMarquardt` goes to the bottom.
 
     A group of ``params`` with ``"method": "adamw"`` is trained by AdamW, by the gradient of the mean loss from the same
@@ -75,7 +76,7 @@ class Sven(Optimizer):
     for n inputs, the bias as one of them, and m outputs, and the gradients of Q parameters of AdamW are summed,
     ``Q s + 8``.
     `TruncatedSVD`, `RandomizedSVD` and `LeaveOneOut` with more rows than parameters gather J itself on every rank,
-    ``M P s``; `LevenbergMarquardt` counts its own.
+    ``M P s``; `KalmanFilter` and `LevenbergMarquardt` count their own.
     `traffic` counts. A solver of one's own sees a Jacobian of all rows, whose methods every rank must call alike; if it
     fails between them on one rank alone, the others wait.
 
@@ -84,13 +85,14 @@ class Sven(Optimizer):
         params: Which parameters to train, or parameter groups with their own ``lr`` and ``weight_decay``; all that
             require grad by default.
         lr: Learning rate eta, the fraction of the solution that is taken; by default 1 with solvers that find the
-            length themselves (`LeaveOneOut`, `LevenbergMarquardt`), else 0.1.
+            length themselves (`KalmanFilter`, `LeaveOneOut`, `LevenbergMarquardt`), else 0.1.
         rows: What the closure returns: "losses" or "residuals".
         kappa: Rows of losses are ``l ** (kappa / 2)``. With 2 a row is the loss itself, with 1 its root, the residual
             behind a squared loss. By default 1 without a ``solver``, else 2 as in the paper.
-        solver: How ``J d = R`` is solved; `LeaveOneOut` by default.
+        solver: How ``J d = R`` is solved. By default `KalmanFilter` where at most 1,024 parameters are trained and
+            neither a metric, a momentum, a fraction nor a norm guard is asked for, else `LeaveOneOut`.
         metric: What the length of d is measured by: a `KroneckerMetric`, a `BalancedMetric`, or None for the Euclidean
-            norm. "auto" is the first without a ``solver`` (and with ``fraction=1``), else None.
+            norm. "auto" is the first with `LeaveOneOut` by default (and with ``fraction=1``), else None.
         momentum: mu of ``|J d - R|^2 + lambda |d - mu d_before|^2``, d staying near the step before (SPRING, arXiv
             2401.10190).
         weights: Weight of some named blocks in the loss: residuals are multiplied with its root.
@@ -98,11 +100,12 @@ class Sven(Optimizer):
             the metric), the first d to the norm of the parameters themselves; None for no guard. Without it one
             ill-conditioned batch can carry the model far away at finite loss, the first batch above all. "auto" is 3,
             and for the first step alone where steps are tried out (`LeaveOneOut`): long ones are needed there when a
-            much smaller damping becomes the better one. `LevenbergMarquardt` has no guard and takes no number.
+            much smaller damping becomes the better one. `KalmanFilter` and `LevenbergMarquardt` have no guard and take
+            no number.
         weight_decay: Decoupled weight decay w: parameters shrink by ``lr w`` of themselves in every step.
         relative_decay: c of a decay that follows the conditions and is added to w:
             ``c min(1, |R|^2 / |J theta|^2)``. It keeps models small that could fit wrong labels, and leaves those alone
-            that fit everything. By default 0.002 without a ``solver``, else 0.
+            that fit everything. By default 0.002 with `LeaveOneOut` by default, else 0.
         fraction: Random fraction of the output rows of every layer that a step changes: less memory and time.
         samples_per_row: Losses averaged into one row (micro-batching): fewer rows, less memory and time.
         seed: Seed of the random fraction.
@@ -156,11 +159,6 @@ class Sven(Optimizer):
         max_memory: int = 1 << 28,
         capture: Capture | ReferenceCapture | None = None,
     ) -> None:
-        self._choices = Choices.checked(
-            rows=rows, kappa=kappa, solver=solver, metric=metric, momentum=momentum, weights=weights,
-            max_norm_ratio=max_norm_ratio, relative_decay=relative_decay, fraction=fraction,
-            samples_per_row=samples_per_row, seed=seed, on_nonfinite=on_nonfinite,
-        )  # fmt: skip
         self._model = model
         self._wrapper: DistributedDataParallel | None = None
         if isinstance(model, DistributedDataParallel):
@@ -174,8 +172,14 @@ class Sven(Optimizer):
         self._max_memory = max_memory
         if params is None:
             params = [(n, p) for n, p in named_trainable(self._model, None).items()]
-        defaults = {"lr": self._choices.lr if lr is None else lr, "weight_decay": weight_decay, "method": "sven"}
-        super().__init__(params, defaults)
+        rate = default_lr(solver) if lr is None else lr
+        super().__init__(params, {"lr": rate, "weight_decay": weight_decay, "method": "sven"})
+        self._choices = Choices.checked(
+            rows=rows, kappa=kappa, solver=solver, metric=metric, momentum=momentum, weights=weights,
+            max_norm_ratio=max_norm_ratio, relative_decay=relative_decay, fraction=fraction,
+            samples_per_row=samples_per_row, seed=seed, on_nonfinite=on_nonfinite,
+            size=sum(p.numel() for p in self._sven_params()),
+        )  # fmt: skip
         self._capture = self._make_capture() if capture is None else capture
         self._check_capture()
         self._traffic = Traffic()

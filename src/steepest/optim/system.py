@@ -28,9 +28,10 @@ class SvenDiagnostics:
         clipped: Whether the norm guard shortened it.
         num_clipped: How many steps it has shortened so far.
         num_skipped: How many non-finite steps were skipped so far.
-        damping: Absolute damping that the solver chose, in squared singular values; None where it chooses none.
+        damping: Absolute damping that the solver chose, in squared singular values, or noise in squared rows; None
+            where it chooses none.
         length: Share of d that was taken before lr: the solver's advice.
-        accepted: Whether the parameters moved; `LevenbergMarquardt` takes back what does not help.
+        accepted: Whether the parameters moved; solvers that try their steps take back what does not help.
         decay: Share of the parameters that ``relative_decay`` took away before lr.
     """
 
