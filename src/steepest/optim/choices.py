@@ -129,6 +129,8 @@ class Choices:
             on_nonfinite == "skip",
         )
         found.check_columns()
+        if isinstance(found.solver, KalmanFilter):
+            found.solver.check_size(size)
         return found
 
     def solved_by(self, solver: Solver) -> Self:

@@ -34,8 +34,9 @@ class KalmanFilter:
 
     Rows that are not linear are the reason for the rest. The noise is ``sigma^2 = noise mean(R^2)``. Before each step
 
-    .. math:: C \leftarrow (1 - \rho)\, C + \rho\, \pi I, \qquad \rho = \mathrm{drift}\,\sqrt{s / \pi}, \qquad
-        s = \operatorname{mean}_n R_n^2 \, / \, \operatorname{mean}_n |J_n|^2
+    .. math:: C \leftarrow (1 - \rho)\, C + \rho\, \pi I, \qquad
+        \rho = \min\Big(1, \mathrm{drift}\,\frac{R}{P}\,\sqrt{\frac{s}{\pi}}\Big), \qquad
+        s = \frac{\operatorname{mean}_n R_n^2}{\operatorname{mean}_n |J_n|^2}
 
     with pi the largest s so far and ``C = s I`` at first, so that nothing depends on the units of rows or parameters:
     what was learnt fades as long as there is much left to learn. After a step the closure is called again, without a
@@ -50,12 +51,12 @@ class KalmanFilter:
     Args:
         noise: Variance of the rows' noise in multiples of their mean square; the smaller, the faster, and the more
             single batches decide.
-        drift: Share of the covariance that is forgotten in a step at first; 0 for data that never change their mind.
+        drift: How fast what was learnt fades at first: this much for every P rows. 0 is right for rows that are linear.
         max_trials: Steps that are tried before a step leaves the parameters as they were.
         max_parameters: Models with more parameters are refused.
 
     Raises:
-        InvalidOptionError: If an option is impossible, or at the first step if the model is too large.
+        InvalidOptionError: If an option is impossible; on construction of the optimizer if the model is too large.
 
     References:
         Singhal and Wu, Training multilayer perceptrons with the extended Kalman algorithm, NIPS 1988; as natural
@@ -73,16 +74,32 @@ class KalmanFilter:
         True
     """
 
-    noise: float = 5.0
-    drift: float = 0.03
+    noise: float = 7.0
+    drift: float = 0.7
     max_trials: int = 5
     max_parameters: int = 4096
 
     def __post_init__(self) -> None:
         check_real("noise", self.noise, low=0, open_low=True)
-        check_real("drift", self.drift, low=0, high=1)
+        check_real("drift", self.drift, low=0)
         check_integer("max_trials", self.max_trials, low=1)
         check_integer("max_parameters", self.max_parameters, low=1)
+
+    def check_size(self, count: int) -> None:
+        """Refuse a model that is too large.
+
+        Args:
+            count: Number of its parameters.
+
+        Raises:
+            InvalidOptionError: If there are more than ``max_parameters``.
+        """
+        if count > self.max_parameters:
+            raise InvalidOptionError(
+                f"KalmanFilter on {count:,} parameters: their covariance would have {count**2 * 8 / 2**30:.1f} GiB. "
+                f"Raise max_parameters={self.max_parameters} if it fits, train some of them only (params=), or use "
+                "steepest.LeaveOneOut()."
+            )
 
     def solve(self, jacobian: Jacobian, rhs: Tensor) -> Solution:
         """Solve by what this batch alone says.
@@ -96,7 +113,7 @@ class KalmanFilter:
         """
         belief = _Belief(self, jacobian, rhs, None)
         flat = belief.solved(self.noise * belief.mean)
-        return belief.solution(torch.zeros_like(belief.prior) if flat is None else flat)
+        return belief.solution(rhs.new_zeros(jacobian.num_parameters).double() if flat is None else flat)
 
     def search(self, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None, trial: Trial) -> tuple[Solution, bool]:
         """Try steps with more and more noise until one lowers the sum of squares.
@@ -141,19 +158,12 @@ class _Belief:
 
     Attributes:
         mean: Of the squared rows.
-        prior: pi.
         factor: Of the noise.
-        covariance: C.
     """
 
     def __init__(self, solver: KalmanFilter, jacobian: Jacobian, rhs: Tensor, memory: Tensor | None) -> None:
         count = jacobian.num_parameters
-        if count > solver.max_parameters:
-            raise InvalidOptionError(
-                f"KalmanFilter on {count:,} parameters: their covariance would have {count**2 * 8 / 2**30:.1f} GiB. "
-                f"Raise max_parameters={solver.max_parameters} if it fits, train some of them only (params=), or use "
-                "steepest.LeaveOneOut()."
-            )
+        solver.check_size(count)
         self._jacobian, self._rows, self._target = jacobian, jacobian.to_dense(torch.float64), rhs.double()
         mean, size = self._target.square().mean(), self._rows.square().sum() / len(rhs)
         if not bool((mean + size).isfinite()):
@@ -166,13 +176,15 @@ class _Belief:
         scale = torch.where(size > 0, mean / size, 0)
         self.mean, self.factor = float(mean), 1.0
         if memory is None or len(memory) != 2 + count**2 or memory[0] == 0:
-            self.prior, self.covariance = scale, scale * torch.eye(count, dtype=scale.dtype, device=scale.device)
+            self._prior, faded, self._before = scale, 1.0, self._rows.new_zeros(count, count)
         else:
-            self.prior, self.factor = torch.maximum(memory[0].to(scale), scale), float(memory[1])
-            faded = solver.drift * (scale / self.prior).sqrt()
-            self.covariance = (1 - faded) * memory[2:].to(scale).view(count, count)
-            self.covariance.diagonal().add_(faded * self.prior)
-        self._learnt = self.covariance
+            self._prior, self.factor = torch.maximum(memory[0].to(scale), scale), float(memory[1])
+            faded = min(1.0, solver.drift * len(rhs) / count * float((scale / self._prior).sqrt()))
+            self._before = memory[2:].to(scale).view(count, count)
+        # C is the former one times the first and the identity times the second, and need not be formed.
+        self._kept, self._added = 1 - faded, faded * float(self._prior)
+        self._after: Tensor | None = None
+        self._learnt = False
 
     def solved(self, noise: float) -> Tensor | None:
         """Solve with a noise.
@@ -183,10 +195,12 @@ class _Belief:
         Returns:
             d, flat; None where rounding has made the conditions indefinite.
         """
-        flat, learnt = torch.zeros_like(self._rows[0]), self.covariance.clone()
-        failed = False
+        flat, learnt, failed = torch.zeros_like(self._rows[0]), None, False
         for rows, target in zip(self._rows.split(_CHUNK), self._target.split(_CHUNK), strict=True):
-            reach = learnt @ rows.T
+            if learnt is None:
+                reach = (self._before @ rows.T).mul_(self._kept).add_(rows.T, alpha=self._added)
+            else:
+                reach = learnt @ rows.T
             matrix = rows @ reach
             matrix.diagonal().add_(matrix.diagonal().mean().mul(_FLOOR).clamp(min=noise))
             factor, info = torch.linalg.cholesky_ex(matrix)
@@ -195,8 +209,12 @@ class _Belief:
             half = torch.linalg.solve_triangular(factor, reach.T, upper=False)
             left = torch.linalg.solve_triangular(factor, (target - rows @ flat).unsqueeze(1), upper=False)
             flat += (half.T @ left).squeeze(1)
-            learnt.addmm_(half.T, half, alpha=-1)
-        self._learnt = learnt
+            if learnt is None:
+                learnt = torch.addmm(self._before, half.T, half, beta=self._kept, alpha=-1)
+                learnt.diagonal().add_(self._added)
+            else:
+                learnt.addmm_(half.T, half, alpha=-1)
+        self._after = learnt
         return self._agreed(flat, failed)
 
     def learn(self, rates: dict[str, float]) -> None:
@@ -206,18 +224,22 @@ class _Belief:
             rates: Share of the direction that was taken, of every parameter.
         """
         shapes = self._jacobian.shapes
-        left = torch.cat([
-            self.covariance.new_full((shape.numel(),), 1 - rates[name]) for name, shape in shapes.items()
-        ])
-        if not bool(left.any()):
-            self.covariance = self._learnt
-            return
-        self.covariance = self._learnt + left.unsqueeze(1) * (self.covariance - self._learnt) * left
+        left = torch.cat([self._target.new_full((shape.numel(),), 1 - rates[name]) for name, shape in shapes.items()])
+        if self._after is not None and bool(left.any()):
+            self._after += left.unsqueeze(1) * (self._covariance() - self._after) * left
+        self._learnt = True
 
     @property
     def memory(self) -> Tensor:
         """What the next step has to be given."""
-        return torch.cat([self.prior.view(1), self.prior.new_tensor([self.factor]), self.covariance.flatten()])
+        covariance = self._after if self._learnt and self._after is not None else self._covariance()
+        return torch.cat([self._prior.view(1), self._prior.new_tensor([self.factor]), covariance.flatten()])
+
+    def _covariance(self) -> Tensor:
+        """C as it was before this batch's conditions."""
+        covariance = self._kept * self._before
+        covariance.diagonal().add_(self._added)
+        return covariance
 
     def solution(self, flat: Tensor) -> Solution:
         """Wrap a direction."""
