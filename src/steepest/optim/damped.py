@@ -6,9 +6,8 @@ from torch import Tensor
 from steepest.distributed.agreement import attempt_together
 from steepest.distributed.jacobian import SpreadJacobian
 from steepest.engine import Jacobian
-from steepest.errors import NonFiniteError
 from steepest.linalg.outer import outer
-from steepest.optim.gram import Solution, flatten, unflatten
+from steepest.optim.gram import Solution, check_products, flatten, unflatten
 
 __all__ = ["DampedSystem"]
 
@@ -44,12 +43,7 @@ class DampedSystem:
         else:
             self._matrix = jacobian.gram()
             self.scale = self._matrix.diagonal().mean().expand(1)
-        if not bool(self._matrix.isfinite().all()):
-            raise NonFiniteError(
-                "The products of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
-                "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
-                "derivative is infinite, such as a root at zero."
-            )
+        check_products(self._matrix)
         # Parameters that no row depends on have no scale: any will do.
         self._added = torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
         self._factor = self._matrix

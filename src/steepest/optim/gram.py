@@ -9,9 +9,10 @@ from torch import Tensor
 
 from steepest._typing import Precision
 from steepest.engine import Jacobian
+from steepest.errors import NonFiniteError
 from steepest.linalg import spectral_filter, symmetric_spectrum
 
-__all__ = ["FORMS", "Form", "Gram", "Solution", "flatten", "unflatten"]
+__all__ = ["FORMS", "Form", "Gram", "Solution", "check_products", "flatten", "unflatten"]
 
 Form = Literal["auto", "dual", "primal"]
 FORMS = ("auto", "dual", "primal")
@@ -121,6 +122,23 @@ class Gram:
         weights = torch.where(inverse > 0, inverse / values, 0)
         solved = vectors @ (weights * (vectors.T @ self.rhs))
         return self.solution(solved, kept, values.double())
+
+
+def check_products(products: Tensor) -> None:
+    """Refuse rows whose gradients are not finite.
+
+    Args:
+        products: Of the gradients, all of them or their sum.
+
+    Raises:
+        NonFiniteError: If they hold NaN or infinity.
+    """
+    if not bool(products.isfinite().all()):
+        raise NonFiniteError(
+            "The products of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
+            "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
+            "derivative is infinite, such as a root at zero."
+        )
 
 
 def unflatten(vector: Tensor, jacobian: Jacobian) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from steepest._validation import check_integer, check_real
 from steepest.distributed.jacobian import SpreadJacobian
 from steepest.engine import Jacobian
-from steepest.errors import InvalidOptionError, NonFiniteError
-from steepest.optim.gram import Solution, unflatten
+from steepest.errors import InvalidOptionError
+from steepest.optim.gram import Solution, check_products, unflatten
 from steepest.optim.solvers import Trial
 
 __all__ = ["KalmanFilter"]
@@ -29,8 +29,8 @@ class KalmanFilter:
     C is the covariance of the parameters: how far, and in which directions, they may still move without spoiling what
     earlier batches asked for. Were the rows linear, the parameters after n batches would be the regularised least
     squares solution of all of them, which no step that forgets the batches before it can reach: directions in which
-    single batches say little are settled by many. It has P^2 numbers in float64 and a step of R rows takes
-    ``4 R P^2`` operations, so this is for models of up to some thousands of parameters.
+    single batches say little are settled by many. It has P^2 numbers in float64, beside the R P of J, and a step of R
+    rows takes ``4 R P^2`` operations, so this is for models of up to some thousands of parameters.
 
     Rows that are not linear are the reason for the rest. The noise is ``sigma^2 = noise mean(R^2)``. Before each step
 
@@ -166,12 +166,7 @@ class _Belief:
         solver.check_size(count)
         self._jacobian, self._rows, self._target = jacobian, jacobian.to_dense(torch.float64), rhs.double()
         mean, size = self._target.square().mean(), self._rows.square().sum() / len(rhs)
-        if not bool((mean + size).isfinite()):
-            raise NonFiniteError(
-                "The squares of the per-sample gradients hold NaN or infinity, though the rows are finite; parameters "
-                "and optimizer state are unchanged. Remedy: look for an operation of the model or the loss whose "
-                "derivative is infinite, such as a root at zero."
-            )
+        check_products(mean + size)
         # Conditions that no parameter moves say nothing of the parameters.
         scale = torch.where(size > 0, mean / size, 0)
         self.mean, self.factor = float(mean), 1.0
