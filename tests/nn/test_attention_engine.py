@@ -121,7 +121,7 @@ def row_closure(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 
 
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], Any]] = {
-    "sven": (lambda model: st.Sven(model, lr=0.1), row_closure),
+    "sven": (lambda model: st.Sven(model, lr=0.1, metric=st.KroneckerMetric()), row_closure),
     "kfac": (lambda model: st.KFAC(model, lr=0.003), gradient_closure),
     "fop": (lambda model: st.FOP(model, lr=0.003), gradient_closure),
     "lpsgdm": (lambda model: st.LPSGDM(model.named_parameters(), lr=0.003), gradient_closure),

@@ -130,8 +130,8 @@ class Sven(Optimizer):
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
         >>> x = torch.linspace(-1, 1, 32).unsqueeze(1)
-        >>> opt = st.Sven(model, lr=0.5, rows="residuals")
-        >>> for _ in range(30):
+        >>> opt = st.Sven(model, rows="residuals")
+        >>> for _ in range(100):
         ...     loss = opt.step(lambda: (model(x) - torch.sin(3 * x)).squeeze(1))
         >>> bool(loss < 1e-3)
         True
