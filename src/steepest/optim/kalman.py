@@ -45,7 +45,7 @@ class KalmanFilter:
     and where no step had to be taken back it becomes half of that, down to the usual one. Of a step that the learning
     rate shortens to a share eta C learns as much as such a step settles, ``1 - (1 - eta)^2``.
 
-    It begins slowly: on a fixed batch of 32 samples `LeaveOneOut` needs a fifth of its steps.
+    It begins slowly: on a fixed batch of 32 samples `LeaveOneOut` in a `KroneckerMetric` needs a fifth of its steps.
 
     Several processes: every one gathers J, ``M P s`` bytes for the M rows of the rank that has most and parameters of s
     bytes, and every try broadcasts ``8 P + 8`` and sums 16.
