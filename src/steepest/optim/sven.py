@@ -46,7 +46,7 @@ class Sven(Optimizer):
     named blocks.
 
     Without options nothing has to be tuned. Up to 1,024 trained parameters `KalmanFilter` remembers what all batches so
-    far have settled, which is hundreds of times more exact. For larger models `LeaveOneOut` finds damping and length of
+    far have settled, by which smooth functions gain most. For larger models `LeaveOneOut` finds damping and length of
     every step from the batch itself, and `KroneckerMetric` measures steps by the curvature of past batches. Both try
     their steps out. Where samples have wrong or ambiguous labels, as in most classification, ``kappa=2`` with
     ``solver=Damped(0.1)``, a falling rate and some weight decay end lower. For a fixed set of conditions, such as those
