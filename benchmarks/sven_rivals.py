@@ -67,7 +67,7 @@ class Study:
     timed: tuple[str, ...] = ("lbfgs-full", "levenberg-marquardt")
 
 
-FILTER = ("lr=1.0", "rows=losses", "kappa=1.0", "solver=KalmanFilter(noise=20.0)")
+FILTER = ("lr=1.0", "rows=losses", "kappa=1.0", "solver=KalmanFilter()")
 SEEDS = 5
 SHORT = 4  # epochs
 TRIAL_SECONDS = 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import steepest as st
 from zoo_parts import Net, param
 
-EQUAL, UNEQUAL = (4, 4, 4, 4), (6, 2, 4, 8)
+EQUAL, UNEQUAL, MANY = (4, 4, 4, 4), (6, 2, 4, 8), (150, 20, 60, 80)
 Data = dict[str, Tensor]
 
 
@@ -267,6 +267,8 @@ CASES = [
          always(solver=st.KalmanFilter(), kappa=1.0, lr=0.5, weight_decay=0.1, momentum=0.4)),
     Case("kalman of more rows than parameters", tiny, floats(5), far, always(**FILTERED)),
     Case("kalman of blocks beside adamw", field, points, blocks, parted(**FILTERED, weights={"here": 4.0})),
+    Case("kalman of vectors", wide, floats(5), vectors, always(**FILTERED)),
+    Case("kalman of many rows", mlp, floats(5), far, always(**FILTERED), MANY),
     Case("kalman in float32", mlp, floats(5), far, always(**FILTERED), tolerance=1e-4, dtype=torch.float32),
     Case("a relative decay", mlp, floats(5), near, always(**DAMPED, relative_decay=0.5)),
     Case("a relative decay with rate, decay and momentum", mlp, floats(5), far,

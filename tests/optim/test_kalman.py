@@ -37,8 +37,29 @@ def batch(step: int, rows: int = 12) -> tuple[Tensor, Tensor]:
 def memory(opt: st.Sven) -> tuple[float, Tensor]:
     """The prior and the covariance."""
     kept = opt.state_dict()["state"][0]["solver"]
-    side = math.isqrt(len(kept) - 2)
-    return float(kept[0]), kept[2:].view(side, side)
+    side = math.isqrt(len(kept) - 5)
+    return float(kept[0]), kept[5:].view(side, side)
+
+
+def found_noise(opt: st.Sven) -> tuple[int, float]:
+    """How many batches have looked for the noise, and what they have found, in multiples of the mean square."""
+    count, tens = opt.state_dict()["state"][0]["solver"][2:4].tolist()
+    return int(count), 10**tens
+
+
+def best_noise(jacobian: Tensor, rhs: Tensor, covariance: Tensor, size: int, mean: float) -> float:
+    """Of which least is left of the samples' rows by the conditions of all others, solved again for every sample."""
+    tens, lefts = torch.linspace(-2.5, 2.5, 11).tolist(), []
+    for ten in tens:
+        left = 0.0
+        for first in range(0, len(rhs), size):
+            others = [n for n in range(len(rhs)) if not first <= n < first + size]
+            rows, target = jacobian[others], rhs[others]
+            noise = 10**ten * mean * torch.eye(len(others), dtype=DOUBLE)
+            step = covariance @ rows.T @ torch.linalg.solve(rows @ covariance @ rows.T + noise, target)
+            left += float((rhs - jacobian @ step)[first : first + size].square().sum())
+        lefts.append(left)
+    return tens[lefts.index(min(lefts))]
 
 
 class ByHand:
@@ -47,6 +68,10 @@ class ByHand:
     def __init__(self, solver: KF, model: nn.Module, rates: Tensor) -> None:
         self.solver, self.model, self.rates = solver, model, rates
         self.prior, self.factor, self.covariance, self.trials = 0.0, 1.0, torch.empty(0), 0
+        self.noises: list[float] = []
+
+    def multiple(self) -> float:
+        return 10 ** (sum(self.noises) / len(self.noises)) if self.solver.noise == "auto" else self.solver.noise
 
     def step(self, rows: Callable[[], Tensor]) -> bool:
         graph = rows()
@@ -58,10 +83,14 @@ class ByHand:
             self.prior, self.covariance = scale, scale * unit
         else:
             self.prior = max(self.prior, scale)
-            faded = min(1.0, self.solver.drift * len(rhs) / len(theta) * math.sqrt(scale / self.prior))
+            drift = self.solver.drift / max(1.0, self.multiple())
+            faded = min(1.0, drift * len(rhs) / len(theta) * math.sqrt(scale / self.prior))
             self.covariance = (1 - faded) * self.covariance + faded * self.prior * unit
+        if self.solver.noise == "auto":
+            some = slice(None, None, -(-len(rhs) // 128))
+            self.noises.append(best_noise(jacobian[some], rhs[some], self.covariance, 1, mean))
         for trial in range(self.solver.max_trials):
-            noise = self.solver.noise * mean * self.factor * torch.eye(len(rhs), dtype=DOUBLE)
+            noise = self.multiple() * mean * self.factor * torch.eye(len(rhs), dtype=DOUBLE)
             gain = self.covariance @ jacobian.T @ torch.linalg.inv(jacobian @ self.covariance @ jacobian.T + noise)
             gain = self.rates.unsqueeze(1) * gain
             nn.utils.vector_to_parameters(theta - gain @ rhs, self.model.parameters())
@@ -76,11 +105,12 @@ class ByHand:
         return False
 
 
+@pytest.mark.parametrize("noise", ["auto", 1e-2])
 @pytest.mark.parametrize("rows", [12, 300])
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.4, 0.4), (1.0, 0.3)])
-def test_it_is_the_filter_of_the_textbook(rates: tuple[float, float], rows: int) -> None:
+def test_it_is_the_filter_of_the_textbook(rates: tuple[float, float], rows: int, noise: Any) -> None:
     """With rejected trials, shortened steps, and more rows than are taken at a time."""
-    solver = KF(noise=1e-2, drift=0.8)
+    solver = KF(noise=noise, drift=0.8)
     ours, hand = mlp(), mlp()
     for model in (ours, hand):
         model[0].weight.data *= 6  # type: ignore[index]
@@ -95,10 +125,98 @@ def test_it_is_the_filter_of_the_textbook(rates: tuple[float, float], rows: int)
         # The inverse of 300 x 300 numbers of low rank has lost some digits.
         torch.testing.assert_close(flat(ours), flat(hand), rtol=1e-6, atol=1e-8 if rows == 12 else 1e-6)
         prior, covariance = memory(opt)
-        assert prior == pytest.approx(filter_.prior, rel=1e-9)
+        assert prior == pytest.approx(filter_.prior, rel=1e-7)
         torch.testing.assert_close(covariance, filter_.covariance, rtol=1e-5, atol=1e-7 * prior)
-    if rows == 12 and rates[0] == 1:
+    if noise == 1e-2 and rows == 12 and rates[0] == 1:
         assert filter_.trials > 0  # else no rejection was tried
+    if noise == "auto":
+        assert len(set(filter_.noises)) > 2  # else anything would have done
+        assert found_noise(opt)[0] == 8
+
+
+@pytest.mark.parametrize(("samples", "outputs"), [(7, 3), (40, 5), (12, 30)])
+def test_rows_of_one_sample_are_left_out_together(samples: int, outputs: int) -> None:
+    """Of many, some: here all samples, every other one, and every other of 8 of 30 outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, outputs)).double()
+    x, y = data(samples, outputs)
+    opt = st.Sven(model, rows="residuals", solver=KF())
+    graph = model(x) - y
+    jacobian, rhs = dense_jacobian(list(model.parameters()), graph.flatten()), graph.detach().flatten()
+    opt.step(lambda: model(x) - y)
+    every = {7: 1, 40: 2, 12: 1}[samples]
+    chosen = torch.arange(samples * outputs).view(samples, outputs)[::every]
+    if outputs == 30:
+        chosen = chosen[:, [k * 30 // 8 for k in range(8)]]
+    mean = float(rhs.square().mean())
+    covariance = mean / jacobian.square().sum(1).mean() * torch.eye(jacobian.shape[1], dtype=DOUBLE)
+    picked = chosen.flatten()
+    expected = best_noise(jacobian[picked], rhs[picked], covariance, chosen.shape[1], mean)
+    assert found_noise(opt) == (1, pytest.approx(10**expected))
+    assert seen(opt).damping == pytest.approx(10**expected * mean)
+
+
+def test_of_one_sample_the_others_say_nothing() -> None:
+    model, opt = (made := mlp()), st.Sven(made, rows="residuals", solver=KF())
+    for step in range(3):
+        x, y = batch(step, 1)
+        rows = residuals(model, x, y).detach()
+        opt.step(lambda x=x, y=y: residuals(model, x, y))
+        assert found_noise(opt) == (0, 1.0)
+        assert step or seen(opt).damping == pytest.approx(float(rows.square().mean()))
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 0.0, 1.0), (1.0, 5.0, math.inf)])
+def test_the_noise_of_the_data_is_found(noise: float, low: float, high: float) -> None:
+    """Without noise batches decide; with nothing but noise they hardly move the parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    opt, generator = st.Sven(model, rows="residuals", solver=KF()), torch.Generator().manual_seed(1)
+    for _ in range(100):
+        x = torch.randn(16, 2, generator=generator, dtype=DOUBLE)
+        y = noise * torch.randn(16, generator=generator, dtype=DOUBLE) + (1 - noise) * torch.sin(x[:, 0])
+        opt.step(lambda x=x, y=y: model(x).squeeze(1) - y)
+    assert low <= found_noise(opt)[1] < high
+
+
+def test_a_batch_that_comes_again_has_no_others_to_be_kept_from() -> None:
+    """Random targets say nothing of each other, and can be met all the same."""
+    x, noise = data(12)
+    model, other = mlp(), data(12, seed=7)
+    opt = st.Sven(model, rows="residuals", solver=KF())
+    losses, counts = [], []
+    for _ in range(20):
+        losses.append(float(opt.step(lambda: residuals(model, x, 3 * noise))))
+        counts.append(found_noise(opt)[0])
+    assert counts == [1] * 20
+    assert losses[-1] < 1e-6 * losses[0]
+    opt.step(lambda: residuals(model, *other))
+    assert found_noise(opt)[0] == 2
+
+
+def test_noise_is_averaged_out_by_many_batches() -> None:
+    """What single batches hardly say is not forgotten before it has been learnt."""
+    torch.manual_seed(1)
+    model, way = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 1)), torch.randn(5) * 2 / 5**0.5
+    opt, generator = st.Sven(model, rows="residuals", solver=KF()), torch.Generator().manual_seed(1)
+    for _ in range(800):
+        x = torch.randn(32, 5, generator=generator)
+        y = torch.sin(x @ way) + torch.randn(32, generator=generator)
+        opt.step(lambda x=x, y=y: model(x).squeeze(1) - y)
+    x = torch.randn(2000, 5, generator=generator)
+    assert float((model(x).detach().squeeze(1) - torch.sin(x @ way)).square().mean()) < 0.25  # of .5
+
+
+def test_a_few_samples_that_stay_the_same_are_soon_met() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
+        x = torch.linspace(-1, 1, 32).unsqueeze(1)
+        opt = st.Sven(model, rows="residuals")
+        for _ in range(25):
+            loss = opt.step(lambda m=model, x=x: (m(x) - torch.sin(3 * x)).squeeze(1))
+        assert loss is not None
+        assert loss < 1e-5
 
 
 def test_on_a_linear_model_it_is_least_squares_of_all_batches() -> None:

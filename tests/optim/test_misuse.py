@@ -123,6 +123,7 @@ SOLVERS: list[tuple[Callable[[], Any], str]] = [
     (lambda: st.LeaveOneOut(caution=2.0), "caution"),
     (lambda: st.LevenbergMarquardt(max_trials=0), "max_trials"),
     (lambda: st.KalmanFilter(noise=0), r"noise=0: give a finite number in \(0"),
+    (lambda: st.KalmanFilter(noise="none"), r"noise='none': choose 'auto' or a number above 0"),  # type: ignore[arg-type]
     (lambda: st.KalmanFilter(drift=-1), "drift"),
     (lambda: st.KalmanFilter(max_trials=0), "max_trials"),
     (lambda: st.KalmanFilter(max_parameters=0), "max_parameters"),

@@ -110,7 +110,7 @@ def _check_traffic(world: int, found: list[list[dict[str, Any]]]) -> None:
             0,
             8 * most_of * (size + 1),
             16 * tries,
-            tries * (8 * size + 8),
+            8 + tries * (8 * size + 8),
         )
         _check_traffic_of_trials(one[names.index("default")], counts, rank, momentum=False)
         _check_traffic_of_trials(one[names.index("residuals and momentum")], UNEQUAL[:world], rank, momentum=True)

@@ -54,6 +54,10 @@ class Trial(Protocol):
     def before(self) -> float:
         """The sum of the squares of all processes' rows."""
 
+    @property
+    def samples(self) -> Sequence[tuple[int, int]]:
+        """Number of samples and rows of each, block by block, of all processes."""
+
     def __call__(self, solution: Solution, length: float, /) -> float:
         """Move along a share of a direction; returns the sum of squares, and moves back if it has not fallen."""
 

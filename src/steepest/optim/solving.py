@@ -73,9 +73,9 @@ class Step:
         return Outcome(solution, scale, accepted, mover.direction(solution) if keep else None)
 
     def _trials(self, batch: Batch) -> Trials:
-        given = self._system.given
-        before = float(given.double().square().sum())
-        return Trials(self._trained, own_rows(self._system.whole, given), before, self._mover, batch.rows, self._ranks)
+        system, given = self._system, self._system.given
+        before, own = float(given.double().square().sum()), own_rows(system.whole, given)
+        return Trials(self._trained, own, before, system.samples, self._mover, batch.rows, self._ranks)
 
     def _solved(self) -> Solution:
         """The solution, the same on all processes."""

@@ -24,6 +24,7 @@ class Trials:
         params: What moves.
         rows: The rows where they are, of this process.
         before: The sum of their squares, of all processes.
+        samples: Number of samples and rows of each, block by block, of all processes.
         mover: Moves the parameters along a share of a solution, as a step does.
         evaluate: The rows at the parameters as they are, of this process.
         ranks: The processes that share the batch; every try sums 16 bytes.
@@ -34,13 +35,14 @@ class Trials:
         params: Sequence[Tensor],
         rows: Tensor,
         before: float,
+        samples: Sequence[tuple[int, int]],
         mover: Mover,
         evaluate: Callable[[], Tensor],
         ranks: Ranks | None,
     ) -> None:
         self._params, self._saved = list(params), [p.detach().clone() for p in params]
         self._mover, self._evaluate, self._ranks = mover, evaluate, ranks
-        self.rows, self.before = rows, before
+        self.rows, self.before, self.samples = rows, before, samples
 
     @property
     def rates(self) -> dict[str, float]:
