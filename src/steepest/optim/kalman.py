@@ -248,10 +248,10 @@ class _Belief:
             rows, target = self._rows[picked], target[picked]
             matrix = rows @ self._reached(rows)
         spectrum = symmetric_spectrum(matrix)
-        tens = torch.linspace(-_DECADES, _DECADES, int(2 * _DECADES * _PER_DECADE) + 1, dtype=target.dtype)
-        noises = (10**tens * self._mean).to(target.device).clamp(min=_FLOOR * float(matrix.diagonal().mean()))
+        tens = torch.linspace(-_DECADES, _DECADES, int(2 * _DECADES * _PER_DECADE) + 1).to(target)
+        noises = (10**tens * self._mean).clamp(min=_FLOOR * float(matrix.diagonal().mean()))
         left = left_out(spectrum.values.square(), spectrum.vectors, target, noises, samples).square().sum(1)
-        best = tens[(left <= left.min()).nonzero()[-1]].to(target.device)
+        best = tens[(left <= left.min()).nonzero()[-1]]
         if isinstance(self._jacobian, SpreadJacobian):
             self._jacobian.ranks.broadcast_([best], source=0)
         self._batches += 1
