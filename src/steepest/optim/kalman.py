@@ -63,8 +63,8 @@ class KalmanFilter:
     to the usual one. Of a step that the learning rate shortens to a share eta C learns as much as such a step settles,
     ``1 - (1 - eta)^2``.
 
-    Where single batches say little of each other, as with many inputs and few samples, it begins cautiously:
-    `LeaveOneOut` in a `KroneckerMetric` is ahead for the first hundred steps or so.
+    Where the samples of a batch say little of each other, as with many inputs and few samples, it begins cautiously:
+    `LeaveOneOut` in a `KroneckerMetric` is ahead at first.
 
     Several processes: every one gathers J, ``M P s`` bytes for the M rows of the rank that has most and parameters of s
     bytes; what rank 0 finds of the noise is broadcast, 8 bytes, and every try broadcasts ``8 P + 8`` and sums 16.
